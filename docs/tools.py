@@ -1,0 +1,41 @@
+"""Keep notebooks, package, README and site in step.
+
+    python docs/tools.py run [NB ...] [--flags slow gpu] [-j 2]   execute in place, store outputs
+    python docs/tools.py readme                                   nbs/index.ipynb -> README.md
+    python docs/tools.py check                                    list what does not agree
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from nbtools import check, readme, run
+from nbtools.notebooks import FLAGS
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    running = commands.add_parser("run", help="execute notebooks and store their outputs")
+    running.add_argument("notebooks", nargs="*", type=Path, help="all of them by default")
+    running.add_argument("--flags", nargs="*", default=[], choices=sorted(FLAGS))
+    running.add_argument("-j", "--jobs", type=int, default=2)
+    commands.add_parser("readme", help="write README.md from nbs/index.ipynb")
+    commands.add_parser("check", help="list what does not agree; exit code 1 if anything")
+    args = parser.parse_args()
+    if args.command == "run":
+        return int(run.run(args.notebooks, set(args.flags), args.jobs) > 0)
+    if args.command == "readme":
+        readme.write()
+        return 0
+    complaints = check.check()
+    print("\n".join(complaints) or "notebooks, outputs, package and README agree")
+    return int(bool(complaints))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

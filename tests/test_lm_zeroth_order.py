@@ -1,0 +1,521 @@
+"""ZerothOrder against autograd, and everything around an evaluation that must not change."""
+import io
+import math
+import random
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from gfopt.lm.noise import normals, signs
+from gfopt.lm.zeroth_order import ZerothOrder, directional, finite_difference, spsa, stochastic_round
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+class Tiny(nn.Module):
+    "Embedding tied to the head, dropout, a buffer, two layers of one shape."
+
+    def __init__(self, dtype=torch.float32, seed=0):
+        super().__init__()
+        self.embed, self.head = nn.Embedding(20, 16), nn.Linear(16, 20, bias=False)
+        self.a, self.b, self.norm, self.drop = nn.Linear(16, 16), nn.Linear(16, 16), nn.BatchNorm1d(16), nn.Dropout(0.5)
+        self.head.weight = self.embed.weight
+        with torch.no_grad():
+            for name, p in self.named_parameters():
+                p.copy_(0.1 * normals(p.shape, seed=seed, tensor=name))
+        self.to(dtype)
+
+    def forward(self, ids):
+        x = self.drop(self.norm(self.embed(ids)))
+        return self.head(torch.tanh(self.b(torch.tanh(self.a(x)))))
+
+
+IDS = torch.arange(40) % 20
+
+
+def exact(x):
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def loss_of(model):
+    return nn.functional.cross_entropy(exact(model(IDS)), (IDS * 7) % 20)
+
+
+def weights(model):
+    return {k: v.detach().clone() for k, v in model.state_dict().items()}
+
+
+def same(a, b):
+    return all(torch.equal(a[k].view(torch.uint8) if a[k].dim() else a[k], b[k].view(torch.uint8) if b[k].dim() else b[k]) for k in a)
+
+
+def smooth(w):
+    return (w.sin() * w.cos().roll(1)).sum() + 0.1 * (w**4).sum()
+
+
+W = torch.linspace(-1, 2, 12, dtype=torch.float64)
+
+
+# the estimator -----------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("draw", [signs, normals])
+def test_error_against_jvp_falls_fourfold_when_eps_halves(draw):
+    z = draw(12, seed=1, dtype=torch.float64)
+    slope = torch.func.jvp(smooth, (W,), (z,))[1]
+    error = [float((directional(smooth, W, z, e) - slope).abs()) for e in (2e-2, 1e-2, 5e-3)]
+    assert error[0] / error[1] == pytest.approx(4, abs=0.05) and error[1] / error[2] == pytest.approx(4, abs=0.05)
+
+
+def test_finite_difference_is_the_gradient():
+    assert torch.allclose(finite_difference(smooth, W, 1e-5), torch.func.grad(smooth)(W), atol=1e-8)
+
+
+@pytest.mark.parametrize("draw", [signs, normals])
+def test_mean_of_spsa_is_within_its_confidence_interval(draw):
+    G = torch.stack([spsa(smooth, W, z, 1e-4) for z in draw(12, seed=3, pair=range(4000), dtype=torch.float64)])
+    z = (G.mean(0) - torch.func.grad(smooth)(W)) / (G.std(0) / len(G) ** 0.5)
+    assert z.abs().max() < 4
+
+
+def linear_problem(**settings):
+    p, q = nn.Parameter(torch.zeros(30, dtype=torch.float64)), nn.Parameter(torch.zeros(4, 5, dtype=torch.float64))
+    g = normals(50, seed=9, dtype=torch.float64)
+    opt = ZerothOrder([("p", p), ("q", q)], lr=1.0, **settings)
+    return p, q, g, opt, lambda: p @ g[:30] + q.flatten() @ g[30:]
+
+
+@pytest.mark.parametrize("settings", [dict(), dict(noise="normal"), dict(directions=3), dict(eps=0.1)])
+def test_mean_step_is_the_gradient(settings):  # catches a missing 1/eps or 1/q
+    p, q, g, opt, closure = linear_problem(**settings)
+    steps = 400
+    moves = []
+    for _ in range(steps):
+        p.data.zero_(), q.data.zero_()
+        opt.step(closure)
+        moves.append(-torch.cat([p.detach(), q.detach().flatten()]))
+    G = torch.stack(moves)
+    z = (G.mean(0) - g) / (G.std(0) / steps**0.5)
+    assert z.abs().max() < 4.2 and abs(float(z.square().mean()) - 1) < 1
+
+
+def test_eps_of_a_group_does_not_change_the_expected_step():
+    p, q = (nn.Parameter(torch.zeros(8, dtype=torch.float64)) for _ in "pq")
+    opt = ZerothOrder([dict(params=[("p", p)], eps=1e-3), dict(params=[("q", q)], eps=1e-1)], lr=1.0)
+    moved = torch.zeros(2, 8, dtype=torch.float64)
+    for _ in range(400):
+        p.data.zero_(), q.data.zero_()
+        opt.step(lambda: 2 * q.sum())
+        moved -= torch.stack([p.detach(), q.detach()]) / 400
+    assert moved[1].mean() == pytest.approx(2, abs=0.4)
+
+
+def test_step_is_the_formula_and_uses_the_named_noise():
+    model = Tiny(torch.float64).eval()
+    before = {k: v.detach().clone() for k, v in model.named_parameters()}
+    opt = ZerothOrder(model, lr=0.1, eps=1e-2, seed=4)
+    z = {k: signs(v.shape, seed=4, step=0, pair=0, tensor=k, dtype=v.dtype) for k, v in before.items()}
+    L = [float(loss_of_at(model, {k: before[k] + s * 1e-2 * z[k] for k in z})) for s in (1, -1)]
+    assert opt.step(lambda: loss_of(model)) == pytest.approx(sum(L) / 2, rel=1e-12)
+    for k, v in model.named_parameters():
+        assert torch.allclose(v, before[k] - 0.1 * (L[0] - L[1]) / 2e-2 * z[k], rtol=0, atol=1e-10)
+
+
+def loss_of_at(model, params):
+    logits = torch.func.functional_call(model, params, (IDS,))
+    return nn.functional.cross_entropy(logits, (IDS * 7) % 20)
+
+
+@pytest.mark.parametrize("noise, draw", [("rademacher", signs), ("normal", normals)])
+@pytest.mark.parametrize("limit", [1 << 24, 200])
+def test_perturbed_weights_are_antithetic_and_match_the_noise(noise, draw, limit):
+    model = Tiny(torch.float64)
+    opt = ZerothOrder(model, lr=0.1, eps=0.5, noise=noise, seed=1)
+    opt.chunks(limit)
+    before, seen = weights(model), []
+    for sign in (1, -1):
+        with opt.perturbed(2, sign): seen.append(weights(model))
+    for k, p in model.named_parameters():
+        z = draw(p.shape, seed=1, pair=2, tensor=k, dtype=p.dtype)
+        assert torch.equal(seen[0][k], before[k] + 0.5 * z) and torch.equal(seen[1][k], before[k] - 0.5 * z)
+    assert same(before, weights(model))
+
+
+def test_chunks_do_not_change_a_run():
+    runs = []
+    for limit in (1 << 24, 200):
+        model = Tiny()
+        opt = ZerothOrder(model, lr=0.05, directions=2)
+        opt.chunks(limit)
+        for _ in range(3): opt.step(lambda: loss_of(model))
+        runs.append(weights(model))
+    assert len(opt.chunks()) > 2 and same(*runs)
+
+
+def test_same_shape_tensors_get_different_noise():
+    model = Tiny(torch.float64)
+    opt = ZerothOrder(model, lr=0.1)
+    with opt.perturbed():
+        a, b = model.a.weight.detach().clone(), model.b.weight.detach().clone()
+    za, zb = a - model.a.weight, b - model.b.weight
+    assert abs(float((za.sign() * zb.sign()).detach().mean())) < 4 / 256**0.5
+
+
+# what must not change ----------------------------------------------------------------------------
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_thousand_perturb_restore_bit_equal(dtype):
+    p = nn.Parameter(normals(300, seed=0).to(dtype))
+    before, pointer = p.detach().clone(), p.data_ptr()
+    opt = ZerothOrder([p], lr=1e-3)
+    for k in range(1000):
+        with opt.perturbed(k, (-1) ** k): assert p.data_ptr() != pointer
+    assert torch.equal(before.view(torch.uint8), p.detach().view(torch.uint8)) and p.data_ptr() == pointer
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_measure_leaves_everything_bit_equal(dtype):
+    model = Tiny(dtype)
+    before = weights(model)
+    opt = ZerothOrder(model, lr=1e-3, eps=1e-2)
+    loss, differences = opt.measure(lambda: loss_of(model))
+    assert math.isfinite(loss) and differences[0] != 0 and same(before, weights(model))
+
+
+def test_restored_after_an_exception():
+    model = Tiny()
+    model.drop.eval()
+    flags, before = [m.training for m in model.modules()], weights(model)
+    opt = ZerothOrder(model, lr=1e-3)
+    calls = []
+
+    def closure():
+        calls.append(1)
+        if len(calls) == 2: raise KeyError("mine")
+        return loss_of(model)
+
+    with pytest.raises(KeyError): opt.step(closure)
+    assert same(before, weights(model)) and flags == [m.training for m in model.modules()] and opt.steps == 0
+
+
+def test_dropout_off_and_training_flags_restored():
+    model = Tiny().train()
+    model.norm.eval()
+    flags = [m.training for m in model.modules()]
+    seen = []
+    ZerothOrder(model, lr=1e-3).step(lambda: seen.append(any(m.training for m in model.modules())) or loss_of(model))
+    assert seen == [False, False] and flags == [m.training for m in model.modules()]
+
+
+def test_buffers_unchanged():
+    model = Tiny().train()
+    before = {k: v.clone() for k, v in model.named_buffers()}
+    ZerothOrder(model, lr=1e-3).step(lambda: loss_of(model))
+    assert before and all(torch.equal(v, before[k]) for k, v in model.named_buffers())
+
+
+def rng_states():
+    return torch.get_rng_state().tolist(), np.random.get_state()[1].tolist(), random.getstate()
+
+
+def test_global_rng_states_unchanged():
+    model = Tiny()
+    before = rng_states()
+    opt = ZerothOrder(model, lr=1e-3, directions=2, noise="normal")
+    for _ in range(3): opt.step(lambda: loss_of(model))
+    assert rng_states() == before
+
+
+def test_closure_that_draws_sees_the_same_numbers_on_every_side():
+    seen = []
+    opt = ZerothOrder([nn.Parameter(torch.zeros(4))], lr=1e-3, directions=2)
+    for _ in range(2): opt.step(lambda: seen.append((float(torch.rand(())), np.random.rand(), random.random())) or 0.0)
+    assert len(set(seen[:4])) == len(set(seen[4:])) == 1 and seen[0] != seen[4]
+
+
+def test_tied_weights_perturbed_once():
+    model = Tiny(torch.float64)
+    opt = ZerothOrder(model, lr=1e-3, eps=0.1)
+    assert sum(len(g["params"]) for g in opt.param_groups) == len(list(model.parameters()))
+    before = model.embed.weight.detach().clone()
+    with opt.perturbed():
+        assert model.embed.weight is model.head.weight
+        assert torch.allclose((model.head.weight - before).abs(), torch.tensor(0.1, dtype=torch.float64))
+
+
+def test_two_parameters_on_one_storage_are_refused():
+    a = nn.Parameter(torch.zeros(4))
+    b = nn.Parameter(a.data)
+    with pytest.raises(ValueError, match="storage"): ZerothOrder([("a", a), ("b", b)], lr=0.1).step(lambda: 0.0)
+
+
+def test_frozen_parameters_left_out_and_noise_of_the_others_unchanged():
+    noises = []
+    for freeze in (False, True):
+        model = Tiny(torch.float64)
+        if freeze: model.a.requires_grad_(False)
+        frozen = model.a.weight.detach().clone()
+        opt = ZerothOrder(model, lr=1e-3, eps=0.5)
+        with opt.perturbed():
+            noises.append(model.b.weight.detach().clone())
+            assert torch.equal(frozen, model.a.weight) == freeze
+    assert torch.equal(*noises)
+
+
+def test_order_and_grouping_do_not_change_the_noise():
+    model, runs = Tiny(), []
+    named = list(model.named_parameters())
+    for params in (model, named[::-1], [dict(params=named[:2]), dict(params=named[2:])],
+                   [dict(params=list(model.a.parameters())), dict(params=[p for n, p in named if not n.startswith("a.")])]):
+        opt = ZerothOrder(params, lr=0.1, model=model)
+        with opt.perturbed(): runs.append(weights(model))
+    assert all(same(runs[0], r) for r in runs[1:])
+
+
+# updates -----------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_thousand_quarter_ulp_updates_move_the_mean_by_250_ulp(dtype):
+    p = nn.Parameter(torch.ones(4096, dtype=dtype))
+    ulp = torch.finfo(dtype).eps
+    opt = ZerothOrder([p], lr=1.0, eps=1.0)
+    for step in range(1000):
+        z = signs(4096, seed=0, step=step, tensor="param.0")
+        p.data.mul_(1), opt.update([-ulp / 4]) if step % 2 == 0 else opt.update([0.0])
+    drift = (p.detach().float() - 1) / ulp  # a walk of 500 quarter steps, each in the direction of its sign
+    walk = sum(signs(4096, seed=0, step=s, tensor="param.0") for s in range(0, 1000, 2)) / 4
+    slope = float((drift * walk).sum() / walk.square().sum())
+    assert slope == pytest.approx(1, abs=0.15)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_quarter_ulp_roundings_move_the_mean_by_250_ulp(dtype, sign):
+    ulp, x = torch.finfo(dtype).eps, sign * torch.ones(2000, dtype=dtype)
+    g = torch.Generator().manual_seed(0)
+    for _ in range(1000):
+        x = stochastic_round(x.float() + sign * ulp / 4, dtype, torch.randint(65536, (2000,), generator=g))
+    moved = sign * float(((x.double() - sign) / ulp).mean())
+    # once |x| passes 2 the spacing doubles, but the mean keeps moving by what was added
+    assert moved == pytest.approx(250, rel=0.02)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_stochastic_round_goes_to_a_neighbour_and_keeps_exact_values(dtype):
+    codes = torch.arange(-32768, 32768, dtype=torch.int32).to(torch.int16).view(dtype)
+    exact = codes[codes.isfinite()].float()
+    for bits in (0, 65535):
+        assert torch.equal(stochastic_round(exact, dtype, torch.full(exact.shape, bits)).float(), exact)
+    x = normals(5000, seed=0) * torch.logspace(-8, 3, 5000)
+    low, high = (stochastic_round(x, dtype, torch.full(x.shape, b)).float() for b in (65535, 0))
+    assert torch.equal(low, x.to(dtype).float()) or ((low - x) * (high - x) <= 0).all()
+    inf = torch.tensor([math.inf, -math.inf])
+    assert torch.equal(stochastic_round(inf, dtype, torch.zeros(2, dtype=torch.long)).float(), inf)
+
+
+@pytest.mark.parametrize("settings", [dict(), dict(momentum=0.9), dict(normalize=0.9), dict(directions=3, noise="normal")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_constant_loss_moves_nothing(settings, dtype):
+    model = Tiny(dtype)
+    before = weights(model)
+    opt = ZerothOrder(model, lr=0.1, **settings)
+    for _ in range(3): assert opt.step(lambda: 2.5) == 2.5
+    assert same(before, weights(model)) and opt.steps == 3 and opt.failures == 0
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("side", [0, 1])
+def test_nan_on_either_side_makes_no_update_and_is_counted(bad, side):
+    model = Tiny()
+    before, calls = weights(model), []
+    opt = ZerothOrder(model, lr=0.1, weight_decay=0.1, normalize=0.9)
+    loss = opt.step(lambda: calls.append(1) or (bad if len(calls) - 1 == side else 1.0))
+    assert math.isnan(loss) and same(before, weights(model)) and (opt.failures, opt.steps) == (1, 1)
+    opt.step(lambda: loss_of(model))
+    assert not same(before, weights(model)) and all(v.isfinite().all() for v in weights(model).values())
+
+
+def test_one_failed_pair_leaves_the_others():
+    p = nn.Parameter(torch.zeros(50))
+    opt, calls = ZerothOrder([("p", p)], lr=1.0, directions=2), []
+    loss = opt.step(lambda: calls.append(1) or (math.nan if len(calls) == 1 else float(len(calls))))
+    assert loss == 3.5 and opt.failures == 1
+    assert torch.allclose(p.detach(), -(3 - 4) / 2e-3 * signs(50, seed=0, pair=1, tensor="p"))
+
+
+def test_plain_signs_are_one_rounded_operation():
+    p = nn.Parameter(normals(1000, seed=0))
+    before = p.detach().clone()
+    opt = ZerothOrder([("p", p)], lr=0.3, eps=0.1)
+    opt.update([0.123])
+    c = torch.tensor(0.3 * 0.123 * (1 / 0.1), dtype=torch.float64).float()
+    z = signs(1000, seed=0, tensor="p")
+    assert torch.equal(p.detach(), torch.where(z > 0, before - c, before + c))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_recorded_differences_replay_bit_equal(dtype):
+    settings = dict(lr=0.05, eps=1e-2, directions=2, momentum=0.5, normalize=0.9, seed=3)
+    model, twin, journal = Tiny(dtype), Tiny(dtype), []
+    opt = ZerothOrder(model, **settings)
+    for _ in range(5):
+        opt.step(lambda: loss_of(model))
+        journal.append(opt.differences)
+    replay = ZerothOrder(twin, **settings)
+    for d in journal: replay.update(d)
+    assert same(weights(model), weights(twin))
+
+
+def test_workers_that_measure_different_pairs_equal_one():
+    one, model = Tiny(), Tiny()
+    opt, part = ZerothOrder(one, lr=0.1, directions=4), ZerothOrder(model, lr=0.1, directions=4)
+    for _ in range(3):
+        opt.step(lambda: loss_of(one))
+        halves = [part.measure(lambda: loss_of(model), pairs)[1] for pairs in ([2, 3], [0, 1])]
+        part.update(halves[1] + halves[0])
+    assert same(weights(one), weights(model))
+
+
+def test_microbatches_equal_the_full_batch():
+    runs = []
+    for parts in (1, 4):
+        model = Tiny(torch.float64)
+        opt = ZerothOrder(model, lr=0.1)
+
+        def closure():
+            return sum(nn.functional.cross_entropy(model(i), (i * 7) % 20) for i in IDS.chunk(parts)) / parts
+
+        for _ in range(3): opt.step(closure)
+        runs.append(weights(model))
+    assert all(torch.allclose(runs[0][k].double(), runs[1][k].double(), atol=1e-9) for k in runs[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_state_dict_continues_bit_equal(dtype):
+    settings = dict(lr=0.05, eps=1e-2, momentum=0.9, normalize=0.9, directions=2, seed=7)
+    model = Tiny(dtype)
+    opt = ZerothOrder(model, **settings)
+    for _ in range(3): opt.step(lambda: loss_of(model))
+    file = io.BytesIO()
+    torch.save([model.state_dict(), opt.state_dict()], file)
+    for _ in range(3): opt.step(lambda: loss_of(model))
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+    twin = Tiny(dtype, seed=5)
+    twin.load_state_dict(saved[0])
+    other = ZerothOrder(twin, lr=1.0)
+    other.load_state_dict(saved[1])
+    for _ in range(3): other.step(lambda: loss_of(twin))
+    assert same(weights(model), weights(twin))
+
+
+def test_state_of_another_noise_version_is_refused():
+    opt = ZerothOrder([nn.Parameter(torch.zeros(3))], lr=0.1)
+    d = opt.state_dict()
+    d["zeroth_order"]["noise_version"] = 99
+    with pytest.raises(ValueError, match="noise version 99"): opt.load_state_dict(d)
+
+
+def test_zero_is_a_seed_and_exactly_n_steps_run():
+    moved, calls = [], []
+    for seed in (0, 1, 0):
+        p = nn.Parameter(torch.zeros(200))
+        opt = ZerothOrder([p], lr=0.1, seed=seed)
+        for _ in range(7): opt.step(lambda: calls.append(1) or p.sum())
+        assert opt.steps == 7
+        moved.append(p.detach().clone())
+    assert len(calls) == 3 * 7 * 2
+    assert torch.equal(moved[0], moved[2]) and not torch.equal(moved[0], moved[1])
+
+
+def test_steps_get_fresh_noise():
+    opt, seen = ZerothOrder([nn.Parameter(torch.zeros(400))], lr=0.1), []
+    for _ in range(2):
+        with opt.perturbed(): seen.append(opt.param_groups[0]["params"][0].detach().sign().clone())
+        opt.update([0.0])
+    assert abs(float((seen[0] * seen[1]).mean())) < 4 / 20
+
+
+# torch.optim -------------------------------------------------------------------------------------
+
+def test_schedulers_act_on_lr():
+    p = nn.Parameter(torch.zeros(10))
+    opt = ZerothOrder([("p", p)], lr=0.5, eps=1.0)
+    schedule = torch.optim.lr_scheduler.StepLR(opt, 1, gamma=0.5)
+    sizes = []
+    for _ in range(3):
+        before = p.detach().clone()
+        opt.step(lambda: p.sum() * 0 + (1.0 if p[0] > before[0] else -1.0))
+        sizes.append(float((p - before).abs().max()))
+        schedule.step()
+    assert sizes == pytest.approx([0.5, 0.25, 0.125])
+
+
+def test_onecycle_needs_cycle_momentum_false():
+    opt = ZerothOrder([nn.Parameter(torch.zeros(3))], lr=0.1, momentum=0.9)
+    torch.optim.lr_scheduler.OneCycleLR(opt, 0.1, total_steps=5, cycle_momentum=False)
+    with pytest.raises(ValueError): torch.optim.lr_scheduler.OneCycleLR(opt, 0.1, total_steps=5)
+
+
+def test_groups_have_their_own_lr_and_decay():
+    a, b = nn.Parameter(torch.ones(5)), nn.Parameter(torch.ones(5))
+    opt = ZerothOrder([dict(params=[a], lr=0.0), dict(params=[b], weight_decay=0.5)], lr=0.1)
+    opt.step(lambda: 1.0)
+    assert torch.equal(a.detach(), torch.ones(5)) and torch.allclose(b.detach(), torch.full((5,), 0.95))
+
+
+def test_backward_inside_the_closure_is_explained():
+    model = Tiny()
+    before = weights(model)
+    opt = ZerothOrder(model, lr=0.1)
+    with pytest.raises(RuntimeError, match="leave backward"): opt.step(lambda: loss_of(model).backward())
+    assert same(before, weights(model))
+
+
+def test_other_runtime_errors_pass_through():
+    def closure(): raise RuntimeError("mine")
+    with pytest.raises(RuntimeError, match="mine"): ZerothOrder(Tiny(), lr=0.1).step(closure)
+
+
+def test_zero_grad_does_nothing():
+    p = nn.Parameter(torch.zeros(3))
+    p.grad = torch.ones(3)
+    ZerothOrder([p], lr=0.1).zero_grad()
+    assert torch.equal(p.grad, torch.ones(3))
+
+
+def test_model_moved_after_construction():
+    model = Tiny()
+    opt = ZerothOrder(model, lr=0.1)
+    opt.step(lambda: loss_of(model))
+    model.to(torch.bfloat16)
+    opt.step(lambda: loss_of(model))
+    assert model.a.weight.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("bad, name", [(dict(lr=-1), "lr"), (dict(eps=0), "eps"), (dict(noise="gauss"), "noise"), (dict(seed=-1), "seed"),
+                                       (dict(directions=0), "directions"), (dict(momentum=1), "momentum"), (dict(normalize=1), "normalize"),
+                                       (dict(weight_decay=-1), "weight_decay"), (dict(lr=math.nan), "lr"), (dict(seed=0.5), "seed")])
+def test_bad_arguments_are_named(bad, name):
+    with pytest.raises(ValueError, match=name): ZerothOrder([nn.Parameter(torch.zeros(3))], **{"lr": 0.1, **bad})
+
+
+def test_bad_closures_are_explained():
+    opt = ZerothOrder([nn.Parameter(torch.zeros(3))], lr=0.1)
+    with pytest.raises(TypeError, match="closure"): opt.step()
+    with pytest.raises(TypeError, match="None"): opt.step(lambda: None)
+    with pytest.raises(ValueError, match=r"\(3,\)"): opt.step(lambda: torch.zeros(3))
+
+
+def test_parameters_that_cannot_move_are_refused():
+    with pytest.raises(TypeError, match="param.0"): ZerothOrder([torch.zeros(3, dtype=torch.long)], lr=0.1)
+    with pytest.raises(ValueError, match="requires a gradient"): ZerothOrder(Tiny().requires_grad_(False), lr=0.1)
+
+
+def test_it_learns():
+    model = Tiny().eval()
+    opt = ZerothOrder(model, lr=3e-3, momentum=0.9, normalize=0.99)
+    start = float(loss_of(model))
+    for _ in range(400): opt.step(lambda: loss_of(model))
+    assert float(loss_of(model)) < start - 0.5

@@ -1,0 +1,343 @@
+"""Journal, Study, minimize: failures, signs, workers, resume after kill -9."""
+import concurrent.futures as cf
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from gfopt.journal import Journal, read_journal
+from gfopt.space import Box, Categorical, Integer, Real, Space
+from gfopt.study import Study, minimize
+
+SPACE = Space(lr=Real(1e-4, 1.0, log=True), depth=Integer(1, 8), act=Categorical(["relu", "gelu"]))
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def loss(p):
+    return (math.log10(p["lr"]) + 2) ** 2 + 0.1 * abs(p["depth"] - 5) + (p["act"] == "relu") * 0.3
+
+
+def quiet(fn, space, method="ga", budget=30, **kw):
+    return minimize(fn, space, method, budget, progress=False, **kw)
+
+
+# ---------------------------------------------------------------- objectives of all kinds
+@pytest.mark.parametrize("method", ["ga", "random", "bo"])
+def test_maximize_is_minimize_of_the_negative(method):
+    a = quiet(loss, SPACE, method, 25)
+    b = quiet(lambda p: -loss(p), SPACE, method, 25, maximize=True)
+    assert a.x_iters == b.x_iters and np.array_equal(a.func_vals, -b.func_vals) and a.x == b.x and a.fun == -b.fun
+
+
+def test_box_objective_gets_numpy_vectors():
+    def f(x):
+        assert isinstance(x, np.ndarray) and x.shape == (3,)
+        return float(x @ x)
+
+    r = quiet(f, [(-5, 5)] * 3, "cmaes", 300)
+    assert r.fun < 1e-2 and isinstance(r.x, np.ndarray) and r.nfev == 300
+
+
+def test_batched_equals_one_by_one():
+    space = Box(-5, 5, 3)
+    a = quiet(lambda x: float((x**2).sum()), space, "cmaes", 100)
+    b = quiet(lambda z: (z**2).sum(1), space, "cmaes", 100, batched=True)
+    assert np.array_equal(np.array(a.x_iters), np.array(b.x_iters)) and a.nfev == b.nfev == 100
+
+
+def test_batched_objective_that_returns_too_few():
+    with pytest.raises(RuntimeError, match="returned 2 losses for"):
+        quiet(lambda z: z[:2, 0], Box(-1, 1, 2), "ga", 20, batched=True)
+
+
+@pytest.mark.parametrize("returned,words", [
+    (math.nan, "nan"), (math.inf, "inf"), ("high", "str"), (None, "NoneType"), (np.ones(3), r"shape \(3,\)"),
+    (torch.ones(2, 2), r"shape \(2, 2\)"), ({}, "dict")])
+def test_what_is_no_number_is_a_failure_with_its_reason(returned, words):
+    study = Study(SPACE, "random")
+    study.optimize(lambda p: returned if p["act"] == "relu" else loss(p), 20, progress=False)
+    reasons = {t.reason for t in study.trials if t.state == "failed"}
+    assert len(reasons) == 1 and __import__("re").search(words, reasons.pop())
+    assert study.result().nfail == sum(t.params["act"] == "relu" for t in study.trials) > 0
+
+
+def test_numbers_of_all_kinds_are_taken():
+    for one in (1, 1.0, np.float32(1), np.array(1.0), np.array([1.0]), torch.tensor(1.0), torch.tensor([1.0], requires_grad=True)):
+        assert quiet(lambda p, one=one: one, SPACE, "random", 3).fun == 1.0
+
+
+def test_everything_failed_quotes_the_first():
+    def f(p):
+        raise KeyError("missing weights")
+
+    with pytest.raises(RuntimeError, match="all 6 evaluations failed.*trial 0.*KeyError: 'missing weights'"):
+        quiet(f, SPACE, "random", 6)
+
+
+def test_ctrl_c_returns_the_partial_result():
+    seen = []
+
+    def f(p):
+        seen.append(p)
+        if len(seen) == 8:
+            raise KeyboardInterrupt
+        return loss(p)
+
+    r = quiet(f, SPACE, "ga", 50)
+    assert r.nfev == 7 and "interrupted" in r.message and r.success
+
+
+def test_target_seconds_and_callback_stop():
+    assert quiet(loss, SPACE, "random", 5000, target=1.0).nfev < 500
+    assert quiet(lambda p: -loss(p), SPACE, "random", 5000, target=-1.0, maximize=True).nfev < 500
+    t = time.monotonic()
+    assert quiet(lambda p: time.sleep(0.02) or 1.0, SPACE, "random", 10_000, seconds=0.3).nfev < 40
+    assert time.monotonic() - t < 5
+    assert quiet(loss, SPACE, "random", 100, callback=lambda s, t: t.id == 4).nfev == 5
+
+
+def test_noisy_reports_the_believed_point():
+    g = torch.Generator().manual_seed(0)
+    f = lambda x: float((x**2).sum()) + torch.randn(1, generator=g).item()  # noqa: E731
+    r = quiet(f, Box(-3, 3, 2), "cmaes", 600, noisy=True)
+    lucky = min(r.func_vals)
+    assert (r.x**2).sum() < 1.0 and (math.isnan(r.fun) or r.fun > lucky)
+
+
+# ---------------------------------------------------------------- bad arguments
+@pytest.mark.parametrize("kw,error,words", [
+    (dict(budget=0), ValueError, "budget: 0"), (dict(budget=2.5), TypeError, "budget: 2.5"),
+    (dict(method="cmeas"), ValueError, "did you mean 'cmaes'"), (dict(workers=0), ValueError, "workers: 0"),
+    (dict(seed="x"), TypeError, "seed: 'x'"), (dict(batched=True), ValueError, "batched"),
+    (dict(seconds=-1), ValueError, "seconds"), (dict(speed=2), TypeError, "no setting 'speed'")])
+def test_bad_arguments_are_named(kw, error, words):
+    with pytest.raises(error, match=words):
+        minimize(loss, SPACE, **{"method": "random", "budget": 3, "progress": False} | kw)
+
+
+def test_a_trial_is_answered_once_and_by_its_study():
+    a, b = Study(SPACE, "random"), Study(SPACE, "random")
+    t = a.ask()
+    with pytest.raises(ValueError, match="that this study's ask"):
+        b.tell(t, 1.0)
+    a.tell(t, 1.0)
+    with pytest.raises(ValueError, match="told already"):
+        a.fail(t, "again")
+
+
+def test_fn_must_be_callable():
+    with pytest.raises(TypeError, match="fn: 3"):
+        minimize(3, SPACE, "random", 3)
+
+
+# ---------------------------------------------------------------- auto, result, pruning, explain
+def test_auto_says_what_it_chose():
+    assert "bo" in quiet(loss, SPACE, "auto", 12).message
+    r = quiet(lambda x: float(x @ x), Box(-1, 1, 3), "auto", 400)
+    assert r.method == "cmaes" and "auto chose cmaes" in r.message
+
+
+def test_result_is_drawn_by_skopt():
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from scipy.optimize import OptimizeResult
+    from skopt.plots import plot_convergence
+
+    r = quiet(loss, SPACE, "random", 10)
+    assert isinstance(r, OptimizeResult) and {"x", "fun", "nfev", "x_iters", "func_vals", "space", "method", "seed", "success", "message"} <= r.keys()
+    assert plot_convergence(r).lines
+
+
+def test_median_pruning():
+    study = Study(SPACE, "random")
+    for i in range(8):
+        t = study.ask()
+        t.report(1, i)
+        assert t.should_prune() == (i >= 5)
+        study.fail(t, "pruned at step 1") if t.should_prune() else study.tell(t, i)
+    assert study.best.value == 0 and study.trials[-1].value is None
+
+
+def test_explain_names_neighbours():
+    study = Study(SPACE, "random")
+    study.enqueue(dict(lr=0.01, depth=5, act="gelu"))
+    study.optimize(loss, 5, progress=False)
+    e = study.explain(study.trials[4])
+    assert e["known"] == 4 and len(e["nearest"]) == 3 and study.explain(study.trials[0])["chosen_by"] == "the user"
+
+
+# ---------------------------------------------------------------- workers
+@pytest.mark.parametrize("method", ["ga", "random", "cmaes"])
+@pytest.mark.parametrize("workers", [2, 5])
+def test_workers_do_not_change_the_points(method, workers):
+    space = Box(-5, 5, 2)
+    f = lambda x: time.sleep(0.001 * (x[0] > 0)) or float(x @ x)  # noqa: E731
+    a, b = quiet(f, space, method, 40), quiet(f, space, method, 40, workers=workers)
+    assert np.array_equal(a.x_iters, b.x_iters) and np.array_equal(a.func_vals, b.func_vals)
+
+
+def test_processes_and_asynchronous():
+    with cf.ProcessPoolExecutor(2) as pool:
+        a = quiet(loss, SPACE, "ga", 20, executor=pool)
+        b = quiet(loss, SPACE, "ga", 20, executor=pool, workers=4, sync=False)
+    assert a.x_iters == quiet(loss, SPACE, "ga", 20).x_iters and b.nfev == 20
+
+
+def test_worker_exceptions_are_failures():
+    def f(p):
+        if p["act"] == "relu":
+            raise OSError("gone")
+        return loss(p)
+
+    r = quiet(f, SPACE, "random", 20, workers=3)
+    assert 0 < r.nfail < 20
+
+
+# ---------------------------------------------------------------- journal
+def test_journal_holds_users_sign_params_and_reason(tmp_path):
+    path = tmp_path / "sub" / "run.jsonl"
+    quiet(lambda p: 1 / 0 if p["act"] == "relu" else 5.0, SPACE, "random", 6, journal=path, maximize=True)
+    header, events, _ = read_journal(path)
+    assert header["method"] == "random" and header["maximize"] is True and header["seed"] == 0
+    tells = [e for e in events if "tell" in e]
+    assert {e.get("value") for e in tells} == {5.0, None} and any("ZeroDivisionError" in e.get("failed", "") for e in tells)
+    assert [e["ask"] for e in events if "ask" in e] == list(range(6)) and not path.with_name("run.jsonl.lock").exists()
+
+
+@pytest.mark.parametrize("method", ["ga", "bo", "random", "cmaes"])
+@pytest.mark.parametrize("cut", [3, 11, 12, 25])
+def test_resume_from_any_prefix_is_bit_equal(tmp_path, method, cut):
+    space = SPACE if method != "cmaes" else Box(-5, 5, 2)
+    f = loss if method != "cmaes" else lambda x: float(x @ x)
+    whole, path = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+    a = quiet(f, space, method, 20, journal=whole)
+    path.write_bytes(b"".join(whole.read_bytes().splitlines(True)[: 1 + cut]))
+    b = quiet(f, space, method, 20, journal=path)
+    assert path.read_bytes() == whole.read_bytes() and b.fun == a.fun and b.nfev == 20
+
+
+@pytest.mark.parametrize("method", ["ga", "bo"])
+@pytest.mark.parametrize("cut", range(1, 18, 2))
+def test_resume_of_synchronous_workers_is_bit_equal(tmp_path, cut, method):
+    whole, path = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+    quiet(loss, SPACE, method, 12, journal=whole, workers=4)
+    path.write_bytes(b"".join(whole.read_bytes().splitlines(True)[: 1 + cut]))
+    quiet(loss, SPACE, method, 12, journal=path, workers=4)
+    points = lambda p: {e["ask"]: e["z"] for e in read_journal(p)[1] if "ask" in e}  # noqa: E731
+    assert points(path) == points(whole)
+
+
+def test_torn_line_is_dropped_with_a_warning(tmp_path):
+    path = tmp_path / "run.jsonl"
+    quiet(loss, SPACE, "ga", 10, journal=path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-7])
+    with pytest.warns(UserWarning, match="torn"):
+        quiet(loss, SPACE, "ga", 10, journal=path)
+    assert path.read_bytes() == whole
+
+
+def test_damage_in_the_middle_is_refused(tmp_path):
+    path = tmp_path / "run.jsonl"
+    quiet(loss, SPACE, "ga", 10, journal=path)
+    lines = path.read_bytes().splitlines(True)
+    lines[3] = b"{broken\n"
+    path.write_bytes(b"".join(lines))
+    with pytest.raises(ValueError, match="line 4"):
+        Study(SPACE, "ga", journal=path)
+    path.write_text('{"some": "other file"}\n')
+    with pytest.raises(ValueError, match="header"):
+        Study(SPACE, "ga", journal=path)
+
+
+@pytest.mark.parametrize("change,words", [
+    (dict(seed=1), "seed"), (dict(method="random"), "method"), (dict(maximize=True), "maximize"),
+    (dict(space=[(0, 1)]), "space"), (dict(population=7), "settings")])
+def test_another_search_is_refused_with_what_differs(tmp_path, change, words):
+    path = tmp_path / "run.jsonl"
+    Study(SPACE, "ga", journal=path).close()
+    with pytest.raises(ValueError, match=f"its {words} is"):
+        Study(**{"space": SPACE, "method": "ga", "journal": path} | change)
+
+
+def test_enqueued_points_resume_and_are_not_asked_twice(tmp_path):
+    path, guess = tmp_path / "run.jsonl", dict(lr=0.01, depth=4, act="gelu")
+
+    def run(budget):
+        with Study(SPACE, "ga", journal=path) as s:
+            s.enqueue(guess)
+            s.optimize(loss, budget, progress=False)
+            return [t.params for t in s.trials]
+
+    first, again = run(5), run(14)
+    assert first == again[:5] and sum(p == guess for p in again) == 1
+    path.unlink()
+    assert run(14) == again
+
+
+def test_unfinished_trials_come_back_with_their_ids(tmp_path):
+    path = tmp_path / "run.jsonl"
+    with Study(SPACE, "ga", journal=path) as s:
+        trials = [s.ask() for _ in range(4)]
+        s.tell(trials[2], 1.0)
+    with Study(SPACE, "ga", journal=path) as s:
+        back = [s.ask() for _ in range(4)]
+        assert [t.id for t in back] == [0, 1, 3, 4] and [t.params for t in back[:2]] == [t.params for t in trials[:2]]
+
+
+def test_second_writer_is_refused_with_the_first_ones_pid(tmp_path):
+    path = tmp_path / "run.jsonl"
+    code = ("import sys, time; from gfopt.journal import Journal; j = Journal(sys.argv[1], {}); "
+            "print('open', flush=True); time.sleep(60)")
+    other = subprocess.Popen([sys.executable, "-c", code, str(path)], stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    try:
+        assert other.stdout.readline().strip() == "open"
+        with pytest.raises(RuntimeError, match=f"process {other.pid} is writing"):
+            Journal(path, {})
+        other.send_signal(signal.SIGKILL)
+        other.wait()
+        Journal(path, {}).close()  # the system released the dead writer's lock
+    finally:
+        other.kill()
+
+
+KILLED = """
+import sys, time
+from gfopt import Box, minimize
+path, method = sys.argv[1:]
+def f(x):
+    time.sleep(0.004)
+    return float(((x - 1) ** 2).sum())
+minimize(f, Box(-5, 5, 3), method, 60, journal=path, progress=False)
+"""
+
+
+@pytest.mark.parametrize("method", ["ga", "cmaes", "bo"])
+def test_kill_9_loses_at_most_the_evaluation_in_flight(tmp_path, method):
+    rng = np.random.default_rng(0)
+    whole, path = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+    run = lambda p: [sys.executable, "-c", KILLED, str(p), method]  # noqa: E731
+    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    subprocess.run(run(whole), check=True, env=env)
+    for _ in range(3):
+        p = subprocess.Popen(run(path), env=env)
+        while not path.exists() or path.stat().st_size < 300:
+            assert p.poll() is None
+            time.sleep(0.005)
+        time.sleep(rng.uniform(0, 0.1))
+        p.send_signal(signal.SIGKILL)
+        p.wait()
+        events = [json.loads(line) for line in path.read_bytes().split(b"\n")[1:-1]]
+        asked, told = (sum(k in e for e in events) for k in ("ask", "tell"))
+        assert asked - told <= 1
+    subprocess.run(run(path), check=True, env=env)
+    assert path.read_bytes() == whole.read_bytes()

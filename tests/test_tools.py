@@ -1,0 +1,216 @@
+"""The checks of docs/nbtools are able to fail, and translate what they should."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "docs"))
+from nbtools import check, notebooks, readme, run, stage  # noqa: E402
+
+PICTURE = new_output("display_data", data={"image/png": "aaaa"})
+FIGURE = '#| label: fig-a\n#| fig-cap: "c"\n#| fig-alt: "a"\nplot()'
+
+
+def code(source, *outputs):
+    return new_code_cell(source, outputs=list(outputs))
+
+
+def book(*cells):
+    return new_notebook(cells=list(cells))
+
+
+def test_directives_are_read_and_removed():
+    source = '#| export\n# | fig-cap: "a: b"\n#| default_exp search.genetic\nx = 1\n#| late'
+    found, rest = notebooks.directives(source)
+    assert found == {"export": "", "fig-cap": "a: b", "default_exp": "search.genetic"}
+    assert rest == "x = 1\n#| late"
+
+
+@pytest.mark.parametrize(
+    "source, flags, expected",
+    [
+        ("x = 1", set(), False),
+        ("#| eval: false\nx = 1", set(), True),
+        ("#| slow\nx = 1", set(), True),
+        ("#| slow\nx = 1", {"slow"}, False),
+        ("#| hide\nimport nbdev; nbdev.nbdev_export()", {"slow"}, True),
+    ],
+)
+def test_cells_passed_over(source, flags, expected):
+    assert notebooks.skipped(source, flags) is expected
+
+
+def test_code_sha_sees_code_only():
+    one = book(code("x = 1"), new_markdown_cell("text"))
+    two = book(code("x = 1"), new_markdown_cell("other"))
+    three = book(code("x = 2"), new_markdown_cell("text"))
+    shas = [notebooks.code_sha(nb) for nb in (one, two, three)]
+    assert shas[0] == shas[1] != shas[2]
+
+
+def test_links_move_with_their_page():
+    source = notebooks.NBS / "2_search" / "a.ipynb"
+    text = "[b](../1_foundations/b.ipynb#top) `[c](d.ipynb)` [e](https://e.org) ![f](f.png) [g](#h)"
+
+    def place(target):
+        return target.name.upper() if target.suffix == ".ipynb" else None
+
+    moved = notebooks.relink(text, source, place)
+    assert moved == "[b](B.IPYNB#top) `[c](d.ipynb)` [e](https://e.org) f [g](#h)"
+
+
+def test_outputs_keep_nothing_of_the_run():
+    text = f"<A at 0x7f12ab34cd> in {ROOT}{os.sep}nbs{os.sep}x.py\n 10%|#\r100%|##########\n"
+    assert run.tidy(text) == f"<A> in nbs{os.sep}x.py\n100%|##########\n"
+
+
+@pytest.mark.parametrize(
+    "formula, complaints",
+    [
+        (r"$$a = b \tag{2.2.1}$$", 0),
+        (r"$$a = b \notag$$", 0),
+        ("$$a = b$$", 1),
+        (r"$$a \tag{1.1}$$ and $$b \tag{1.1}$$", 1),
+        ("`$$a$$` and\n```sh\necho $$ $$\n```\n", 0),
+    ],
+)
+def test_formulas_are_numbered(formula, complaints):
+    nb = book(new_markdown_cell(formula))
+    assert len(list(check.equations(nb, {}, "nb"))) == complaints
+
+
+@pytest.mark.parametrize(
+    "cell, complaints",
+    [
+        (code(FIGURE, PICTURE), 0),
+        (code("plot()", PICTURE), 3),
+        (code(FIGURE.replace('#| fig-alt: "a"\n', ""), PICTURE), 1),
+        (code("print(1)"), 0),
+    ],
+)
+def test_pictures_are_described(cell, complaints):
+    assert len(list(check.figures(book(cell), {}, "nb"))) == complaints
+
+
+def test_figure_labels_are_unique_in_the_book():
+    labels = {"fig-a": "elsewhere"}
+    assert len(list(check.figures(book(code(FIGURE, PICTURE)), labels, "nb"))) == 1
+
+
+@pytest.mark.parametrize("path", ["/ho" + "me/me/x", "/tm" + "p/ipykernel_1/2.py", "/Us" + "ers/me"])
+def test_paths_of_one_machine_are_found(path):
+    printed = new_output("stream", name="stderr", text=f"{path}:3: UserWarning")
+    assert list(check.machine_paths(book(code("x", printed))))
+    assert list(check.machine_paths(book(code(f"open('{path}')"))))
+    assert not list(check.machine_paths(book(code("a/tmp/b, https://e.org/home/x"))))
+
+
+def test_stale_unclean_and_failed_outputs_are_found(tmp_path):
+    nb = book(code("1 / 0", new_output("error", ename="E", evalue="", traceback=[])))
+    nb.cells[0].execution_count = 3
+    path = tmp_path / "a.ipynb"
+    path.write_text(notebooks.nbformat.writes(nb))
+    said = " ".join(check.stored(path, notebooks.read(path)))
+    assert "older than the code" in said
+    assert "not clean" in said
+    assert "stores an error" in said
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    "A project of one module and one index, exported and rendered, in place of ours."
+    (tmp_path / "settings.ini").write_bytes((ROOT / "settings.ini").read_bytes())
+    nbs, lib = tmp_path / "nbs", tmp_path / "gfopt"
+    nbs.mkdir()
+    title = new_markdown_cell("# A\n\n> b")
+    module = book(title, code("#| default_exp a"), code("#| export\ndef f(): return 1"))
+    figure = new_output("display_data", data={"image/png": "aaaa"})
+    index = book(new_markdown_cell("# I\n\n[a](a.ipynb) [l](../LICENSE)"), code(FIGURE, figure))
+    for name, nb in (("a", module), ("index", index)):
+        (nbs / f"{name}.ipynb").write_text(notebooks.nbformat.writes(nb))
+    export = Path(sys.executable).with_name("nbdev_export")
+    subprocess.run([export], cwd=tmp_path, check=True, capture_output=True)
+    for tool in (check, notebooks, readme):
+        for name, value in {"ROOT": tmp_path, "NBS": nbs, "LIB": lib, "INDEX": nbs / "index.ipynb"}.items():
+            monkeypatch.setattr(tool, name, value, raising=False)
+    monkeypatch.setattr(readme, "README", tmp_path / "README.md")
+    monkeypatch.setattr(readme, "PICTURES", tmp_path / "docs" / "readme")
+    readme.write()
+    return tmp_path
+
+
+def test_drift_is_found_in_both_directions(project):
+    assert not check.package() and not readme.drift()
+    (project / "gfopt" / "a.py").write_text("def f(): return 2")
+    (project / "gfopt" / "orphan.py").write_text("")
+    assert [c.partition(":")[0] for c in check.package()] == ["gfopt/a.py", "gfopt/orphan.py"]
+    (project / "gfopt" / "a.py").unlink()
+    assert any(c.startswith("gfopt/a.py") for c in check.package())
+
+
+def test_two_notebooks_cannot_write_one_module(project):
+    (project / "nbs" / "b.ipynb").write_bytes((project / "nbs" / "a.ipynb").read_bytes())
+    assert any("exports a, which nbs/a.ipynb exports too" in c for c in check.book())
+
+
+def test_readme_follows_the_index(project):
+    text = (project / "README.md").read_text()
+    assert "[a](nbs/a.ipynb) [l](LICENSE)" in text
+    assert "![a](docs/readme/a.png)" in text and "*c*" in text
+    (project / "docs" / "readme" / "a.png").write_bytes(b"other")
+    (project / "README.md").write_text("by hand")
+    assert len(readme.drift()) == 2
+
+
+def test_exported_cells_carry_links_both_ways(tmp_path):
+    found, source = notebooks.directives("#| export\ndef f(): pass\ndef _g(): pass")
+    before, cell, after = stage.code(code(source), found, "gfopt.a.b")
+    assert before.source == "(nb-def-gfopt-a-b-f)="
+    assert "nb-export" in cell.metadata["tags"]
+    assert stage.anchor("gfopt.a.b.F") != stage.anchor("gfopt.a.b.f")
+    assert "{py:obj}`~gfopt.a.b.f`" in after.source and "_g" not in after.source
+
+
+@pytest.mark.parametrize("wrong, said", [("no-such-python", "3.11 or newer"), ("", "unknown kind")])
+def test_setup_says_what_to_install(tmp_path, wrong, said):
+    "A folder with nothing but the project's files; the wrong Python or the wrong word."
+    (tmp_path / "scripts").mkdir()
+    for name in ("scripts/setup", "pyproject.toml", "constraints.txt"):
+        (tmp_path / name).write_bytes((ROOT / name).read_bytes())
+    kind = "demo" if wrong else "everything"
+    done = subprocess.run(
+        ["sh", tmp_path / "scripts" / "setup", kind],
+        env={"PATH": os.environ["PATH"], "PYTHON": wrong},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    assert said in done.stderr and done.stderr.count("\n") == 1
+    assert not (tmp_path / ".venv").exists()
+
+
+def test_makefile_describes_every_target():
+    "`make help` is the first thing a new user sees."
+    said = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True).stdout
+    for target in ("demo", "test", "lab", "docs", "check", "bench", "clean", "help"):
+        assert f"make {target} " in said
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        (r"point $\theta_i$, shape `(n, d)`", r"point :math:`\theta_i`, shape ``(n, d)``"),
+        ("a *good* guess, **settings and x*y", r"a *good* guess, \*\*settings and x\*y"),
+        ("``done`` and :func:`done`", "``done`` and :func:`done`"),
+        ("|L| of name_ and a_b", r"\|L\| of name\_ and a_b"),
+    ],
+)
+def test_docstrings_become_restructured_text(text, expected):
+    from nbtools import api
+
+    assert api.rest(text) == expected
