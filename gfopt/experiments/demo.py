@@ -95,7 +95,7 @@ class Steps:
         write_atomic(path, json.dumps(dict(key=self.key, seconds=time.perf_counter() - start, result=result)).encode())
         return result
 
-# %% ../../nbs/6_experiments/04_demo.ipynb #f23f77b1
+# %% ../../nbs/6_experiments/04_demo.ipynb #40d88c24
 ACTS = ("base", "train", "tune", "compress")
 
 
@@ -130,8 +130,8 @@ def demo(
         say(f"Act 2  tune: the hyper-parameters of pretraining ({p.tune:.0f} s)")
         results["acts"]["tune"] = step("act tune", lambda: run_tuning(corpus, tokenizer, seconds=p.tune, smoke=p.smoke, **common))
         say(f"Act 3  compress: blocks and bits under a size budget ({p.compress:.0f} s)")
-        results["acts"]["compress"] = step("act compress", lambda: run_compression(
-            model, tokenizer, corpus, seconds=p.compress, seed=seed, progress=progress))
+        results["acts"]["compress"] = step("act compress", lambda: run_compression(  # what it saves is for a processor
+            model.cpu(), tokenizer, corpus, seconds=p.compress, seed=seed, progress=progress))
     except KeyboardInterrupt:
         results["interrupted"] = True
         say("\nStopped. What is finished is kept; the same command goes on from there.")

@@ -23,7 +23,7 @@ from ..lm.text import bigram_bpb, pack, sample_batch, unigram_bpb, windows, xz_b
 from ..lm.zeroth_order import ZerothOrder
 from ..optimizer import generator, make_optimizer
 
-# %% ../../nbs/6_experiments/01_small_lm.ipynb #41ec64b5
+# %% ../../nbs/6_experiments/01_small_lm.ipynb #8a167bc2
 def race(
     step,  # step(progress in [0, 1)): one step of training
     evaluate,  # () -> bits per byte, or any number; not on the clock
@@ -34,7 +34,7 @@ def race(
 ) -> list[dict]:  # seconds, steps, value
     "Train until the time is spent, and measure on the way."
     curve, spent, steps = [dict(seconds=0.0, steps=0, value=evaluate())], 0.0, 0
-    bar = tqdm(total=round(seconds), desc=label, unit="s", disable=not progress, leave=False,
+    bar = tqdm(total=seconds, desc=label, unit="s", disable=not progress, leave=False,
                bar_format="{desc} {percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} s {postfix}")
     while spent < seconds:
         t = time.perf_counter()
