@@ -9,7 +9,7 @@ __all__ = ['FUNCTIONS', 'sphere', 'ellipsoid', 'rosenbrock', 'rastrigin', 'ackle
 # %% ../nbs/1_foundations/05_functions.ipynb #d361e132
 import math
 from dataclasses import dataclass
-from typing import Callable
+from collections.abc import Callable
 
 import torch
 from torch import Tensor

@@ -11,7 +11,6 @@ import math
 from bisect import bisect_right
 
 import torch
-from torch import Tensor
 
 # %% ../nbs/1_foundations/01_space.ipynb #1ef096e2
 class Parameter:

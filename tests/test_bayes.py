@@ -12,10 +12,31 @@ from sklearn.gaussian_process import GaussianProcessRegressor
 from sklearn.gaussian_process.kernels import RBF, ConstantKernel, Matern
 
 from gfopt.bayes import acquisition as acq
-from gfopt.bayes.bayesopt import BayesianOptimization, separated, standard_losses, yeo_johnson
-from gfopt.bayes.gp import (GaussianProcess, gp_posterior, log_marginal, log_prior, matern52, pair_distances, rbf,
-                            safe_cholesky, snap, squared_distance)
-from gfopt.bayes.posterior import bayes_posterior, gaussian_posterior, linear_posterior, linear_predictive, log_posterior
+from gfopt.bayes.bayesopt import (
+    BayesianOptimization,
+    separated,
+    standard_losses,
+    yeo_johnson,
+)
+from gfopt.bayes.gp import (
+    GaussianProcess,
+    gp_posterior,
+    log_marginal,
+    log_prior,
+    matern52,
+    pair_distances,
+    rbf,
+    safe_cholesky,
+    snap,
+    squared_distance,
+)
+from gfopt.bayes.posterior import (
+    bayes_posterior,
+    gaussian_posterior,
+    linear_posterior,
+    linear_predictive,
+    log_posterior,
+)
 from gfopt.functions import FUNCTIONS
 from gfopt.space import Box, Categorical, Integer, Real, Space
 

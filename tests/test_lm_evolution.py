@@ -2,10 +2,12 @@
 import copy
 import math
 import random
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
+
 from gfopt.lm.evolution import LowRankES, evaluating, low_rank_sum, utilities
 from gfopt.lm.model import Llama, config, generate, row_losses
 from gfopt.lm.population import PopulationError
@@ -249,6 +251,7 @@ def test_a_thousand_updates_of_a_quarter_ulp_are_not_lost():
 def test_chunks_agree():
     (a, _, la), (b, _, lb), (c, _, lc) = run(2), run(2, chunk=2), run(2, chunk=6)
     torch.testing.assert_close(la, lb, atol=1e-5, rtol=0)
+    torch.testing.assert_close(la, lc, atol=1e-5, rtol=0)
     torch.testing.assert_close(weights(a), weights(b), atol=1e-5, rtol=0)
     torch.testing.assert_close(weights(a), weights(c), atol=1e-5, rtol=0)
 

@@ -4,10 +4,18 @@ import random
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from gfopt.lm import noise as N
-from gfopt.lm.noise import box_muller, normals, philox, signs, tensor_id, unpack_signs, words
+from gfopt.lm.noise import (
+    box_muller,
+    normals,
+    philox,
+    signs,
+    tensor_id,
+    unpack_signs,
+)
 
 DRAWS = [signs, normals]
 FULL = 0xFFFFFFFF

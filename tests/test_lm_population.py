@@ -3,8 +3,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+
 from gfopt.lm.model import Llama, config, generate
-from gfopt.lm.population import Population, PopulationError, expand, low_rank_noise, member_changes, member_weight
+from gfopt.lm.population import (
+    Population,
+    PopulationError,
+    expand,
+    low_rank_noise,
+    member_changes,
+    member_weight,
+)
 
 IDS = torch.randint(1, 64, (2, 9), generator=torch.Generator().manual_seed(0))
 

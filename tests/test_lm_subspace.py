@@ -2,6 +2,7 @@
 import pytest
 import torch
 from torch import nn
+
 from gfopt.lm.model import Llama, config, row_losses
 from gfopt.lm.subspace import add_logit_bias, choose, hashed_projection, subspace
 

@@ -7,7 +7,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gfopt.space import Box, Categorical, Integer, Real, Space, as_space, space_from_json
+from gfopt.space import (
+    Box,
+    Categorical,
+    Integer,
+    Real,
+    Space,
+    as_space,
+    space_from_json,
+)
 
 MIXED = Space(
     lr=Real(1e-5, 1e-1, log=True),

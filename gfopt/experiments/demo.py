@@ -12,7 +12,7 @@ import platform
 import subprocess
 import time
 from dataclasses import asdict, dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 
@@ -56,7 +56,7 @@ def _processor():
 
 
 def _commit():
-    here = Path(__file__).resolve().parent
+    here = Path(gfopt.__file__).resolve().parent
     try:
         ask = lambda *a: subprocess.run(["git", *a], cwd=here, capture_output=True, text=True, timeout=10, check=True).stdout.strip()  # noqa: E731
         if Path(ask("rev-parse", "--show-toplevel"), "nbs").is_dir():
@@ -71,7 +71,7 @@ def provenance(device: str, seed: int) -> dict:
     gpu = torch.cuda.get_device_name() if device.startswith("cuda") else None
     return dict(device=gpu or _processor(), kind="cuda" if gpu else "cpu", cores=os.cpu_count(), threads=torch.get_num_threads(),
                 system=platform.system(), python=platform.python_version(), torch=torch.__version__, numpy=version("numpy"),
-                gfopt=gfopt.__version__, commit=_commit(), seed=seed, date=datetime.now(timezone.utc).strftime("%Y-%m-%d"))
+                gfopt=gfopt.__version__, commit=_commit(), seed=seed, date=datetime.now(UTC).strftime("%Y-%m-%d"))
 
 # %% ../../nbs/6_experiments/04_demo.ipynb #9d040d25
 class Steps:

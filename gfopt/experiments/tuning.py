@@ -151,7 +151,7 @@ def make_plan(
             break
     return dict(trials=trials, tokens=min(max(tokens, 4096), 131072), seeds=seeds)
 
-# %% ../../nbs/6_experiments/02_tuning.ipynb #2f69e897
+# %% ../../nbs/6_experiments/02_tuning.ipynb #e49885c9
 def run_tuning(
     corpus,  # a `Corpus`
     tokenizer,
@@ -197,7 +197,7 @@ def _smoke_plan():
 def _measured_plan(work, ready, seconds):
     pool, at_once = ready
     shared = work if at_once == 1 else None
-    begun, size = time.perf_counter(), 8192
+    begun, size = time.perf_counter(), 32768  # long enough that starting and evaluating weigh as they do in a trial
     jobs = [(DEFAULT | dict(batch_size=b), size, 0, shared) for b in (DEFAULT["batch_size"], 3)]
     taken = [r[2] for r in pool.map(_job, jobs)]
     return make_plan(seconds - (time.perf_counter() - begun), sum(taken) / len(taken) / size, at_once) | dict(at_once=at_once)
