@@ -78,7 +78,7 @@ def say_training(r: dict) -> str:
         out += "Where a gradient exists, it wins. "
     a, b = w["before"], w["after"]
     change = 100 * (b["valid"] - a["valid"])
-    error = 100 * (2 * max(a["valid"] * (1 - a["valid"]), 0.25 / w["judged"]) / w["judged"]) ** 0.5
+    error = 100 * (sum(v * (1 - v) for v in (a["valid"], b["valid"])) / w["judged"]) ** 0.5  # of a difference of two shares
     out += (f"Where none exists: {100 * a['valid']:.1f}% of {w['judged']} sampled snippets parsed before training (same prompts), "
             f"{100 * b['valid']:.1f}% after ({change:+.1f} points; the standard error of such a difference is about {error:.1f}), "
             f"at a price of {b['bpb'] - a['bpb']:+.3f} bits per byte on held-out code.")

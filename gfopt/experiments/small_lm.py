@@ -278,7 +278,15 @@ def plot_training(result: dict):
         a.plot([p["seconds"] for p in r["curve"]], [p["value"] for p in r["curve"]], "o--" if last else "o-", ms=3,
                color="#7d7d7d" if last else f"C{i}", label=m)
     a.set(xlabel="seconds of training", ylabel="bits per byte, held-out prose")
-    a.legend(fontsize=8)
+    a.legend(fontsize=8, loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0)
+    free = [p["value"] for m, r in result["adapted"].items() if m != "AdamW" for p in r["curve"]]
+    zoom, pad = a.inset_axes((0.5, 0.42, 0.48, 0.36)), 0.1 * (max(free) - min(free)) + 1e-4
+    for i, (m, r) in enumerate(result["adapted"].items()):
+        if m != "AdamW":
+            zoom.plot([p["seconds"] for p in r["curve"]], [p["value"] for p in r["curve"]], color=f"C{i}", lw=1.2)
+    zoom.set(ylim=(min(free) - pad, max(free) + pad), xticks=[])
+    zoom.tick_params(labelsize=7)
+    zoom.set_title("the three, magnified", fontsize=7)
     curve = result["reward"]["curve"]
     b.plot([p["seconds"] for p in curve], [100 * p["value"] for p in curve], "o-", ms=3, color="C4")
     b.axhline(100 * result["reward"]["before"]["valid"], color="#7d7d7d", ls=":", lw=1)
