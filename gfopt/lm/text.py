@@ -114,6 +114,7 @@ def write_atomic(path: Path, data: bytes) -> None:
     fd, tmp = tempfile.mkstemp(dir=path.parent, prefix=path.name + ".")
     try:
         with os.fdopen(fd, "wb") as f: f.write(data)
+        os.chmod(tmp, 0o644)  # a temporary file is its owner's alone; a report is for everybody
         os.replace(tmp, path)
     except BaseException:
         os.unlink(tmp)
