@@ -52,7 +52,13 @@ def _number(name, value, whole=False):
 class _Range(Parameter):
     "What a real and a whole range share: bounds, warp, JSON."
 
-    def __init__(self, low, high, log=False, when=None):
+    def __init__(
+        self,
+        low,  # smallest value
+        high,  # largest value
+        log: bool = False,  # search the logarithm; needs low > 0
+        when: dict | None = None,  # exists only if these earlier parameters have one of these values
+    ):
         kind, whole = type(self).__name__, self._half > 0
         self.low, self.high = (_number(f"{kind} {n}", v, whole) for n, v in (("low", low), ("high", high)))
         self.log = bool(log)
@@ -99,13 +105,20 @@ class Integer(_Range):
     _half = 0.5
     _TABLE = 4096  # up to so many levels the cells are tabulated
 
-    def __init__(self, low, high, log=False, when=None):
+    def __init__(
+        self,
+        low: int,  # smallest value
+        high: int,  # largest value
+        log: bool = False,  # search the logarithm; needs low > 0
+        when: dict | None = None,  # exists only if these earlier parameters have one of these values
+    ):
         super().__init__(low, high, log, when)
         self.edges = ([self.warp(v + 0.5) for v in range(self.low, self.high)]
                       if self.levels <= self._TABLE else None)
 
     @property
-    def levels(self):
+    def levels(self) -> int:
+        "How many values there are."
         return self.high - self.low + 1
 
     def encode(self, value):
@@ -125,7 +138,12 @@ class Integer(_Range):
 class Categorical(Parameter):
     "One of a list of values, Eq. (1.1.3); `ordered=True` when neighbours in the list are alike."
 
-    def __init__(self, choices, ordered=False, when=None):
+    def __init__(
+        self,
+        choices,  # the values: names, numbers, true, false, null, or lists of these
+        ordered: bool = False,  # neighbours in the list are alike
+        when: dict | None = None,  # exists only if these earlier parameters have one of these values
+    ):
         if isinstance(choices, str) or not hasattr(choices, "__iter__"):
             raise TypeError(f"Categorical choices: {choices!r}; allowed: a list of values")
         self.choices, self.ordered = list(choices), bool(ordered)
@@ -146,7 +164,8 @@ class Categorical(Parameter):
                             "(a name, a number, true, false, null, lists of these)") from None
 
     @property
-    def levels(self):
+    def levels(self) -> int:
+        "How many values there are."
         return len(self.choices)
 
     def to_json(self):
@@ -353,7 +372,17 @@ class Space(_Coordinates):
 class Box(_Coordinates):
     "A plain vector space: `Box(low, high, dim)`, or `Box([(low, high), ...])`; infinite bounds need `x0` and `sigma0`."
 
-    def __init__(self, low, high=None, dim=None, *, x0=None, sigma0=None, dtype=torch.float64, device="cpu"):
+    def __init__(
+        self,
+        low,  # lower bounds, a scalar or (dim,), or a list of (low, high) pairs
+        high=None,  # upper bounds, a scalar or (dim,)
+        dim: int | None = None,  # number of coordinates, where no list tells it
+        *,
+        x0=None,  # where to start, a scalar or (dim,); needed with infinite bounds
+        sigma0=None,  # first step size, a scalar or (dim,); needed with infinite bounds
+        dtype=torch.float64,
+        device="cpu",
+    ):
         if high is None:
             pairs = list(low)
             if not all(hasattr(p, "__len__") and len(p) == 2 for p in pairs):

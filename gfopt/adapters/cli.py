@@ -18,6 +18,8 @@ def _demo(args):
 
     results = demo(args.preset, seed=args.seed, out=args.out, text=args.text, progress=not args.quiet)
     print("\n" + table(results))
+    if results["interrupted"]:
+        print("\nstopped early: the same command goes on from there")
     print(f"\nreport: {os.path.join(args.out, 'report.html')}   numbers: {os.path.join(args.out, 'results.json')}")
     short = dict(seconds=results["seconds"], interrupted=results["interrupted"], acts=sorted(results["acts"]), out=args.out)
     return (130 if results["interrupted"] else 0), short
