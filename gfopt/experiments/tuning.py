@@ -303,7 +303,7 @@ def main(argv=None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True, help="the result, as JSON")
     a = parser.parse_args(argv)
-    from gfopt.experiments.demo import provenance
+    from gfopt.experiments.provenance import provenance
     corpus = load_corpus()
     tokenizer = train_bpe(corpus.code.train[::4], 1024)
     fixed = a.plan and dict(trials=a.plan[0], tokens=a.plan[1], seeds=3, at_once=min(2, _cores()))
