@@ -9,6 +9,7 @@ __all__ = ['Parameter', 'Real', 'Integer', 'Categorical', 'Space', 'Box', 'as_sp
 import json
 import math
 from bisect import bisect_right
+from functools import cached_property
 
 import torch
 
@@ -105,16 +106,10 @@ class Integer(_Range):
     _half = 0.5
     _TABLE = 4096  # up to so many levels the cells are tabulated
 
-    def __init__(
-        self,
-        low: int,  # smallest value
-        high: int,  # largest value
-        log: bool = False,  # search the logarithm; needs low > 0
-        when: dict | None = None,  # exists only if these earlier parameters have one of these values
-    ):
-        super().__init__(low, high, log, when)
-        self.edges = ([self.warp(v + 0.5) for v in range(self.low, self.high)]
-                      if self.levels <= self._TABLE else None)
+    @cached_property
+    def edges(self) -> list | None:
+        "Where each cell but the last one ends; None where there are too many to tabulate."
+        return [self.warp(v + 0.5) for v in range(self.low, self.high)] if self.levels <= self._TABLE else None
 
     @property
     def levels(self) -> int:

@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from gfopt.lm.evolution import LowRankES, evaluating, low_rank_sum, utilities
+from gfopt.lm.evolution import LowRankES, low_rank_sum, utilities
 from gfopt.lm.model import Llama, config, generate, row_losses
 from gfopt.lm.population import PopulationError
+from gfopt.lm.zeroth_order import evaluating
 
 IDS = torch.randint(0, 64, (2, 9), generator=torch.Generator().manual_seed(0))
 

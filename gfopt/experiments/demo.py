@@ -65,7 +65,7 @@ class Steps:
         return result
 
 # %% ../../nbs/6_experiments/04_demo.ipynb #40d88c24
-ACTS = ("base", "train", "tune", "compress")
+ACTS = tuple(report.ACTS)
 
 
 def demo(

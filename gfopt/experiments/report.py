@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ACTS', 'number', 'text_table', 'html_table', 'say_base', 'say_training', 'say_tuning', 'say_compression',
-           'tuning_table', 'methods_table', 'files_table', 'picture', 'html', 'table']
+           'tuning_table', 'picture', 'html', 'table']
 
 # %% ../../nbs/6_experiments/05_report.ipynb #38cd56a6
 import base64
@@ -112,19 +112,6 @@ def tuning_table(r: dict) -> list[dict]:
     return [{"method": x["method"], "seen in search": x["seen"], "fresh seeds": x["test"], "lowest": x["low"], "highest": x["high"],
              **{k: x[k] for k in r["default"]}} for x in tuning.tuning_rows(r)]
 
-
-def methods_table(r: dict) -> list[dict]:
-    "Each way of choosing blocks and bits, on unseen text."
-    rows = sorted(r["methods"].items(), key=lambda t: t[1]["kl"])
-    return [{"method": compression.LABELS[k], "bytes": m["bytes"], "KL to dense": m["kl"], "bits per byte": m["bits_per_byte"],
-             "blocks dropped": len(m["dropped"])} for k, m in rows]
-
-
-def files_table(r: dict) -> list[dict]:
-    "The saved files as a fresh process sees them."
-    return [{"file": k, "bytes on disk": t["file_bytes"], "bits per byte": t["bits_per_byte"], "prefill ms": t["prefill_ms"],
-             "decode ms": t["decode_ms"]} for k, t in r["table"].items()]
-
 # %% ../../nbs/6_experiments/05_report.ipynb #ecca03f7
 ACTS = {
     "base": ("Act 0: a base model, and from scratch without gradients", plot_base, say_base, (),
@@ -134,7 +121,7 @@ ACTS = {
               "that parse; dotted: before training."),
     "tune": ("Act 2: tune", tuning.plot_tuning, say_tuning, (tuning_table,),
              "Best held-out bits per byte so far over the training tokens spent. Dots: the winners trained again with fresh seeds, on the same files."),
-    "compress": ("Act 3: compress", compression.plot_compression, say_compression, (methods_table, files_table),
+    "compress": ("Act 3: compress", compression.plot_compression, say_compression, (compression.methods_table, compression.files_table),
                  "Left: closest to the dense model so far, over evaluations. Right: what each choice costs on unseen text at the same size."),
 }
 
@@ -164,11 +151,11 @@ def picture(figure) -> str:
 
 def _act(name, result):
     title, plot, say, tables, caption = ACTS[name]
-    e = _html.escape
+    e, told = _html.escape, _html.escape(say(result))
     with style():
         image = picture(plot(result))
-    parts = [f"<h2>{e(title)}</h2>", f"<p>{e(say(result))}</p>",
-             f'<figure><img src="{image}" alt="{e(say(result), quote=True)}"><figcaption>{e(caption)}</figcaption></figure>']
+    parts = [f"<h2>{e(title)}</h2>", f"<p>{told}</p>",
+             f'<figure><img src="{image}" alt="{told}"><figcaption>{e(caption)}</figcaption></figure>']
     parts += [html_table(rows(result)) for rows in tables]
     if name == "train":
         samples = "\n\n".join(f"# sample {i}\n{s}" for i, s in enumerate(result["reward"]["samples"], 1))

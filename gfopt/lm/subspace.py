@@ -9,10 +9,10 @@ __all__ = ['KINDS', 'choose', 'add_logit_bias', 'hashed_projection', 'Subspace',
 import re, warnings
 import torch
 from torch import Tensor, nn
-from .evolution import evaluating
 from .noise import signs
 from .population import Population, PopulationError
 from ..space import Box
+from .zeroth_order import evaluating
 
 # %% ../../nbs/4_lm/08_subspace.ipynb #e4ade6d9
 KINDS = dict(norm=r"norm|(^|\.)ln_?\w*\.", bias=r"bias", lora=r"lora")  # names for common choices
