@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'generator', 'ranks', 'check_int', 'check_float', 'check_choice', 'Optimizer', 'Generational',
-           'make_optimizer', 'auto']
+           'settings_of', 'make_optimizer']
 
-# %% ../nbs/1_foundations/02_optimizer.ipynb #c6dc5836
+# %% ../nbs/1_foundations/02_optimizer.ipynb #041e3776
 import difflib
 import hashlib
 import inspect
@@ -17,7 +17,7 @@ from importlib import import_module
 import torch
 from torch import Tensor
 
-from .space import as_space
+from .space import as_space, empty
 
 # %% ../nbs/1_foundations/02_optimizer.ipynb #f2d47676
 def generator(
@@ -71,7 +71,7 @@ def _check_range(name, x, low, high):
         raise ValueError(f"{name}: {x!r}; allowed: {span}")
     return x
 
-# %% ../nbs/1_foundations/02_optimizer.ipynb #75fda13c
+# %% ../nbs/1_foundations/02_optimizer.ipynb #d48c5705
 class _Pending:
     "Points handed out and not yet told: rows with their tickets, found again by exact bits."
 
@@ -79,24 +79,34 @@ class _Pending:
         self.runs = []  # one entry per ask: [tickets, z (n, dim), alive flags, lazily built index]
 
     def add(self, tickets, z):
-        self.runs.append([list(tickets), z, [True] * len(z), None])
+        self.runs.append([list(tickets), z, [True] * len(z), None, _version(z)])
+
+    def holds(self, z):
+        "Whether `z` is the very tensor that was handed out longest ago, none of it told yet."
+        return bool(self.runs) and self.runs[0][1] is z and all(self.runs[0][2])
 
     def take(self, z):
         "Tickets of the rows of `z` (n, dim), None for foreign rows; taken tickets are gone."
-        if self.runs:  # the usual case, one whole ask told in order: a single comparison
-            tickets, asked, alive, _ = self.runs[0]
-            if all(alive) and asked.shape == z.shape and torch.equal(asked, z):
-                self.runs.pop(0)
-                return tickets
+        if self.runs:  # the usual case, one whole ask told in order: at most a single comparison
+            asked = self._asked(self.runs[0])
+            whole = all(self.runs[0][2]) and asked.shape == z.shape
+            if whole and (asked is z or torch.equal(asked, z)):
+                return self.runs.pop(0)[0]
         out = [self._take_one(key) for key in _bits(z)]
         self.runs = [r for r in self.runs if any(r[2])]
         return out
+
+    @staticmethod
+    def _asked(run):
+        if _version(run[1]) != run[4]:
+            raise RuntimeError("z: the points of an ask() were changed in place; allowed: work on a copy")
+        return run[1]
 
     def _take_one(self, key):
         for run in self.runs:
             if run[3] is None:
                 run[3] = {}
-                for i, k in enumerate(_bits(run[1])):
+                for i, k in enumerate(_bits(self._asked(run))):
                     run[3].setdefault(k, deque()).append(i)
             if where := run[3].get(key):
                 i = where.popleft()
@@ -106,7 +116,7 @@ class _Pending:
 
     def rows(self):
         "What is still out: (tickets, z (n, dim)) in the order it was asked."
-        alive = [(t, z) for ts, zs, on, _ in self.runs for t, z, a in zip(ts, zs, on, strict=True) if a]
+        alive = [(t, z) for ts, zs, on, *_ in self.runs for t, z, a in zip(ts, zs, on, strict=True) if a]
         return [t for t, _ in alive], [z for _, z in alive]
 
 
@@ -114,13 +124,19 @@ def _bits(z):
     "Each row of (n, dim) as bytes; -0.0 and 0.0 are different bits."
     return [row.tobytes() for row in z.detach().cpu().contiguous().numpy()]
 
-# %% ../nbs/1_foundations/02_optimizer.ipynb #062baf13
+
+def _version(z):
+    "How often `z` was written to, as far as torch counts."
+    return 0 if z.is_inference() else z._version
+
+# %% ../nbs/1_foundations/02_optimizer.ipynb #296c18ae
 class Optimizer:
     """What every method shares: ask for points, tell their losses, remember the best, save and continue.
 
     A method implements `propose(tickets) -> z` and `learn(tickets, z, y)`; tickets are (generation, member) pairs."""
 
     foreign = False  # True: rows told without having been asked enter the method's state too
+    copies_up_to = 2**20  # numbers; a larger ask is handed out as it is, to be read and not written
     one_by_one = False  # True: every point depends on those pending before it
 
     def __init__(
@@ -145,9 +161,13 @@ class Optimizer:
         "The next points to evaluate."
         n = self.natural_batch() if n is None else check_int("n", n, 1)
         tickets = self._deal(n)
-        for part in [[t] for t in tickets] if self.one_by_one else [tickets]:
-            self._pending.add(part, self.propose(part))
-        return torch.cat([r[1] for r in self._pending.runs[-(n if self.one_by_one else 1):]]).clone()
+        if not self.one_by_one:
+            z = self.propose(tickets)
+            self._pending.add(tickets, z)
+            return z.clone() if z.numel() <= self.copies_up_to else z
+        for t in tickets:
+            self._pending.add([t], self.propose([t]))
+        return torch.cat([r[1] for r in self._pending.runs[-n:]])
 
     def assume_asked(
         self,
@@ -160,23 +180,41 @@ class Optimizer:
         self,
         z,  # points, shape `(n, dim)` or `(dim,)`: asked ones in any order, or foreign ones
         y,  # their losses, shape `(n,)`, lower is better; nan or inf: the evaluation failed
+        violations=None,  # of constraints, shape `(n,)` or `(n, c)`; > 0: this point is not allowed
     ) -> None:
         "Learn the losses of points."
-        z = self._checked_rows(z)
-        try:
-            y = torch.as_tensor(y).detach().to("cpu", torch.float64).reshape(-1)
-        except (TypeError, ValueError, RuntimeError) as e:
-            raise TypeError(f"y: {y!r}; allowed: one number per row of z ({e})") from None
-        if len(y) != len(z):
-            raise ValueError(f"y: {len(y)} losses for {len(z)} points; allowed: one loss per row of z")
-        y = torch.where(torch.isfinite(y), y, torch.full_like(y, math.inf))
+        z = z if self._pending.holds(z) else self._checked_rows(z)
+        y = self.losses(y, violations, len(z))
         tickets = self._pending.take(z)
-        for i, t in enumerate(tickets):
+        self.remember(tickets, z, y)
+        self.learn(tickets, z, y)
+
+    def losses(self, y, violations, n) -> Tensor:
+        "What `learn` gets: losses (n,), float64, failed and forbidden ones +inf."
+        y = self._numbers("y", y, n).reshape(-1)
+        if len(y) != n:
+            raise ValueError(f"y: {len(y)} losses for {n} points; allowed: one loss per row of z")
+        good = torch.isfinite(y)
+        if violations is not None:
+            good &= ~(self._numbers("violations", violations, n).reshape(n, -1) > 0).any(1)
+        return torch.where(good, y, math.inf)
+
+    @staticmethod
+    def _numbers(name, v, n):
+        try:
+            if isinstance(v, Tensor):
+                return v.detach().to("cpu", torch.float64)
+            return torch.as_tensor(v, dtype=torch.float64)  # or a list of floats would lose half its digits
+        except (TypeError, ValueError, RuntimeError) as e:
+            raise TypeError(f"{name}: {v!r}; allowed: one number per row of z ({e})") from None
+
+    def remember(self, tickets, z, y):
+        "Keep the best of what was told."
+        for i, (t, v) in enumerate(zip(tickets, y.tolist(), strict=True)):
             if t is None:
                 t, self._strangers = (math.inf, self._strangers), self._strangers + 1
-            if (v := y[i].item()) < math.inf and (v, t) < self._best[:2]:
+            if v < math.inf and (v, t) < self._best[:2]:
                 self._best = (v, t, self.space.canonical(z[i : i + 1])[0])
-        self.learn(tickets, z, y)
 
     def _checked_rows(self, z):
         z = torch.as_tensor(z, dtype=self.space.dtype, device=self.space.device)
@@ -242,7 +280,7 @@ class Optimizer:
     def load_own_state(self, d: dict) -> None:
         "Inverse of `own_state`."
 
-# %% ../nbs/1_foundations/02_optimizer.ipynb #a53fe246
+# %% ../nbs/1_foundations/02_optimizer.ipynb #9bc328d9
 class Generational(Optimizer):
     "A population method as three pure functions `init`, `sample`, `update` on a `State` dataclass, Eq. (1.2.2)."
 
@@ -250,9 +288,13 @@ class Generational(Optimizer):
 
     def __init__(self, space, *, seed: int = 0, population: int):
         super().__init__(space, seed=seed)
-        self.population = check_int("population", population, 1)
-        self.g, self.state = 0, self.init(generator(self.seed, "init", device=self.space.device))
-        self._k, self._told, self._blocks = 0, {}, {}
+        self.population = self._setting = check_int("population", population, 1)
+        self._scratch, self._sampling = {}, 0
+        self._begin(0, self.init(generator(self.seed, "init", device=self.space.device)))
+
+    def _begin(self, g, state, k=0, told=()):
+        self.g, self.state, self._k, self._told, self._blocks = g, state, k, dict(told), {}
+        self.population = getattr(state, "population", self.population)
 
     def init(self, generator):
         "The first state, from a random stream."
@@ -267,8 +309,16 @@ class Generational(Optimizer):
         raise TypeError(f"{type(self).__name__} does not say how it learns")
 
     def repair(self, x: Tensor) -> Tensor:
-        "A genotype brought back into the bounds."
-        return self.space.reflect(x)
+        "Genotypes brought back into the bounds, in place."
+        return self.space.reflect_(x)
+
+    def scratch(self, name: str, shape, dtype=None) -> Tensor:
+        "An uninitialised tensor for `sample`, the same memory in every generation; never a part of x or of the state."
+        key, dtype = (name, self._sampling), dtype or self.space.dtype
+        old = self._scratch.get(key)
+        if old is None or old.shape != tuple(shape) or old.dtype != dtype:
+            self._scratch[key] = empty(*shape, dtype=dtype, device=self.space.device)
+        return self._scratch[key]
 
     def natural_batch(self):
         return self.population - self._k % self.population
@@ -280,8 +330,10 @@ class Generational(Optimizer):
     def _block(self, b):
         "Members b*population .. (b+1)*population-1 of this generation; recomputed, never stored with the state."
         if b not in self._blocks:
+            self._sampling = b  # two blocks of one generation never share their scratch
             block = self.sample(self.state, generator(self.seed, self.g, b, device=self.space.device))
-            self._blocks[b] = block | {"z": self.space.canonical(self.repair(block["x"]))}
+            x = self.repair(block["x"])
+            self._blocks[b] = block | {"x": x, "z": self.space.canonical(x) if self.space.snaps else x}
         return self._blocks[b]
 
     def _gather(self, ks):
@@ -305,33 +357,45 @@ class Generational(Optimizer):
         ks = sorted(self._told)
         y = torch.tensor([self._told[k] for k in ks], dtype=torch.float64, device=self.space.device)
         told = self._gather(ks) | {"y": y, "k": torch.tensor(ks, device=self.space.device)}
-        self.state = self.update(self.state, told)
-        self.g, self._k, self._told, self._blocks = self.g + 1, 0, {}, {}
+        self._begin(self.g + 1, self.update(self.state, told))
 
     def own_state(self):
         s = {f: getattr(self.state, f) for f in self.State.__dataclass_fields__}
-        return dict(population=self.population, g=self.g, k=self._k, told=dict(self._told), state=s)
+        return dict(population=self._setting, g=self.g, k=self._k, told=dict(self._told), state=s)
 
     def load_own_state(self, d):
-        if d["population"] != self.population:
-            raise ValueError(f"state_dict: population {d['population']}; allowed: {self.population}, as this optimiser has")
-        self.g, self._k, self._told, self._blocks = d["g"], d["k"], dict(d["told"]), {}
-        self.state = self.State(**d["state"])
+        if d["population"] != self._setting:
+            raise ValueError(f"state_dict: population {d['population']}; allowed: {self._setting}, as this optimiser has")
+        self._begin(d["g"], self.State(**d["state"]), d["k"], d["told"])
 
-# %% ../nbs/1_foundations/02_optimizer.ipynb #51337d17
+# %% ../nbs/1_foundations/02_optimizer.ipynb #6adc1e54
 METHODS = {
-    "auto": "gfopt.optimizer:auto",
+    "auto": "gfopt.search.auto:auto",
     "random": "gfopt.search.random:RandomSearch",
     "sobol": "gfopt.search.random:SobolSearch",
     "ga": "gfopt.search.genetic:GeneticAlgorithm",
     "pso": "gfopt.search.swarm:ParticleSwarm",
+    "cso": "gfopt.search.swarm:CompetitiveSwarm",
     "de": "gfopt.search.differential:DifferentialEvolution",
+    "lshade": "gfopt.search.differential:LSHADE",
     "es": "gfopt.search.strategies:EvolutionStrategy",
     "snes": "gfopt.search.strategies:SNES",
+    "xnes": "gfopt.search.strategies:XNES",
     "cmaes": "gfopt.search.cma:CMAES",
     "sepcmaes": "gfopt.search.cma:SepCMAES",
+    "crfmnes": "gfopt.search.large:CRFMNES",
+    "nsga2": "gfopt.search.pareto:NSGA2",
     "bo": "gfopt.bayes.bayesopt:BayesianOptimization",
 }
+
+
+def settings_of(
+    method: str,  # a key of METHODS
+) -> list:  # names
+    "The settings a method has, beside space and seed."
+    module, name = METHODS[check_choice("method", method, list(METHODS))].split(":")
+    parameters = inspect.signature(getattr(import_module(module), name)).parameters
+    return [p for p in parameters if p not in ("space", "seed")]
 
 
 def make_optimizer(
@@ -341,35 +405,9 @@ def make_optimizer(
     **settings,  # of that method; an unknown one is refused with what is allowed
 ) -> Optimizer:
     "The optimiser of that name; its module is imported only now."
-    module, name = METHODS[check_choice("method", method, list(METHODS))].split(":")
-    make = getattr(import_module(module), name)
-    allowed = [p for p in inspect.signature(make).parameters if p not in ("space", "seed")]
+    allowed = settings_of(method)
     for k in settings:
         if k not in allowed:
             raise TypeError(f"{method} has no setting {k!r}; allowed: {', '.join(allowed) or 'none'}")
-    return make(space, seed=seed, **settings)
-
-
-def auto(
-    space,
-    *,
-    seed: int = 0,
-    budget: int = 1000,  # evaluations that can be afforded
-    noisy: bool = False,  # whether the same point gives different losses
-) -> Optimizer:  # with `.why`, a sentence on the choice
-    "A method for this space and budget by a short rule; `.method` and `.why` tell which and why."
-    space = as_space(space)
-    discrete = bool((space.levels > 0).any())
-    if budget <= 200 and space.dim <= 20:
-        name, why = "bo", f"a budget of {budget} evaluations in {space.dim} dimensions is worth a model of the objective"
-    elif discrete:
-        name, why = "ga", "some parameters are discrete, and recombination does not mind"
-    elif space.dim <= 100:
-        name, why = "cmaes", f"{space.dim} real dimensions: the covariance can be learned" + (", and ranks average noise" if noisy else "")
-    elif space.dim <= 2000:
-        name, why = "sepcmaes", f"{space.dim} dimensions: a diagonal covariance is what the budget can learn"
-    else:
-        name, why = "snes", f"{space.dim} dimensions: only a step size per coordinate is affordable"
-    opt = make_optimizer(name, space, seed)
-    opt.method, opt.why = name, f"auto chose {name}: {why}"
-    return opt
+    module, name = METHODS[method].split(":")
+    return getattr(import_module(module), name)(space, seed=seed, **settings)

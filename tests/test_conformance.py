@@ -2,13 +2,15 @@
 import io
 import math
 import random
+import warnings
 
 import numpy as np
 import pytest
 import torch
 
-from gfopt.optimizer import METHODS, Generational, generator, make_optimizer
+from gfopt.optimizer import METHODS, Generational, Optimizer, generator, make_optimizer
 from gfopt.space import Box, Categorical, Integer, Real, Space
+from gfopt.study import minimize
 
 ALL = sorted(METHODS)
 MODEL = {"bo"}  # an ask costs milliseconds: shorter runs suffice
@@ -269,3 +271,169 @@ def test_late_outcomes_of_an_old_generation_do_not_move_the_state(method):
 def test_unknown_settings_are_refused(method):
     with pytest.raises(TypeError, match="no setting 'speed'"):
         make(method, Box(-1, 1, 2), speed=3)
+
+
+# ---------------------------------------------------------------- asks and tells in every shape
+@pytest.mark.parametrize("method", ALL)
+def test_several_asks_of_any_size_before_tells_in_part_and_out_of_order(method):
+    "Whoever asks 1, then 5, then 2 and tells them mixed loses no row and leaves nothing pending."
+    opt, rounds = make(method, MIXED), few(method, 8)
+    told = []
+    for i in range(rounds):
+        z = torch.cat([opt.ask(n) for n in (1, 5, 2)])
+        order = torch.randperm(8, generator=generator("mixed", i))
+        for rows in order.split(3):
+            opt.tell(z[rows], bowl(z[rows]))
+            told += bowl(z[rows]).tolist()
+    assert len(opt.pending_z) == 0 and opt.best[1] == min(told)
+
+
+@pytest.mark.parametrize("method", ALL)
+def test_an_asked_tensor_may_be_written_to(method):
+    "A small ask is a copy: what the caller does to it is the caller's business."
+    a, b = make(method, Box(-5, 5, 2)), make(method, Box(-5, 5, 2))
+    for _ in range(few(method, 4)):
+        za, zb = a.ask(), b.ask()
+        assert torch.equal(za, zb)
+        keep = za.clone()
+        za.mul_(3.0)
+        a.tell(keep, bowl(keep))
+        b.tell(zb, bowl(zb))
+
+
+@pytest.mark.parametrize("method", [m for m in ALL if m not in MODEL and m != "auto"])
+def test_a_large_ask_is_matched_without_a_copy_and_refused_when_written_to(method, monkeypatch):
+    monkeypatch.setattr(Optimizer, "copies_up_to", 0)
+    a, b = make(method, Box(-5, 5, 2)), make(method, Box(-5, 5, 2))
+    for _ in range(4):
+        za, zb = a.ask(8), b.ask(8)
+        a.tell(za, bowl(za))
+        b.tell(zb.clone(), bowl(zb))
+    assert torch.equal(a.ask(8), b.ask(8))
+    z = a.ask(8)
+    z += 0.01
+    with pytest.raises((RuntimeError, ValueError), match="z:"):
+        a.tell(z.clamp(-5, 5), bowl(z))
+        a.tell(z, bowl(z))
+
+
+@pytest.mark.parametrize("method", ALL)
+def test_violated_points_are_never_best(method):
+    opt = make(method, Box(-5, 5, 2))
+    for _ in range(few(method, 10)):
+        z = opt.ask()
+        opt.tell(z, z[:, 0], violations=(1.0 - z[:, :1]).clamp(min=0))  # only z0 >= 1 is allowed
+    assert opt.best[0] is None or opt.best[0][0] >= 1
+
+
+# ---------------------------------------------------------------- where and how the problem lies
+def points(method, low, high, f, n=40, **kw):
+    opt, out = make(method, Box(low, high, 3), **kw), []
+    while sum(map(len, out)) < few(method, n):
+        z = opt.ask()
+        out.append(z)
+        opt.tell(z, f(z))
+    return torch.cat(out)
+
+
+TILTED = torch.tensor([[0.8, 0.6, 0.0], [-0.6, 0.8, 0.0], [0.0, 0.0, 1.0]], dtype=torch.float64)
+
+
+@pytest.mark.parametrize("method", ALL)
+def test_moved_and_stretched_problems_are_searched_alike(method):
+    "Box [5, 15] or [-50, 50] with the objective moved along: the same points, moved, up to rounding."
+    plain = points(method, -5, 5, bowl)
+    moved = points(method, 5, 15, lambda z: bowl(z - 10))
+    wide = points(method, -50, 50, lambda z: bowl(z / 10))
+    n = 12 if method in MODEL | {"auto"} else len(plain)
+    torch.testing.assert_close(moved[:n] - 10, plain[:n], rtol=0, atol=1e-6)
+    torch.testing.assert_close(wide[:n] / 10, plain[:n], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", [m for m in ALL if m not in MODEL | {"random", "sobol", "auto"}])
+@pytest.mark.parametrize("where", ["plain", "moved", "rotated"])
+def test_solves_the_ellipsoid_wherever_it_lies(method, where):
+    "Condition 100 in three dimensions: a thousandth of the start's loss within 3000 evaluations."
+    scale, at = torch.tensor([1.0, 10.0, 100.0], dtype=torch.float64), 10.0 if where == "moved" else 0.0
+    R = TILTED if where == "rotated" else torch.eye(3, dtype=torch.float64)
+    f = lambda z: (scale * ((z - at - 1) @ R.T) ** 2).sum(-1)  # noqa: E731
+    got = []
+    for seed in range(3):
+        opt, told = make(method, Box(at - 5, at + 5, 3), seed), 0
+        first = None
+        while told < 3000:
+            z = opt.ask()
+            y = f(z)
+            first = y.median().item() if first is None else first
+            opt.tell(z, y)
+            told += len(z)
+        got.append(opt.best[1] / first)
+    assert sorted(got)[1] < 1e-3
+
+
+@pytest.mark.parametrize("method", [m for m in GENERATIONAL if m != "auto"])
+def test_only_the_order_of_losses_decides(method):
+    "10 y + 1000 changes no bit; the losses are whole numbers, so that the map loses none."
+    whole = lambda z: (1e6 * bowl(z)).floor()  # noqa: E731
+    a = steps(make(method, Box(-5, 5, 3)), 12, whole)
+    b = steps(make(method, Box(-5, 5, 3)), 12, lambda z: 10 * whole(z) + 1000)
+    assert torch.equal(a, b)
+
+
+# ---------------------------------------------------------------- through minimize and its journal
+def through(method, budget=24, sign=1, **kw):
+    f = lambda x: sign * float(((x - 1) ** 2).sum())  # noqa: E731
+    return minimize(f, Box(-5, 5, 2), method, budget, progress=False, **kw)
+
+
+@pytest.mark.parametrize("method", ALL)
+def test_minimise_and_maximise_ask_the_same_points(method):
+    budget = 15 if method in MODEL | {"auto"} else 24
+    a, b = through(method, budget), through(method, budget, sign=-1, maximize=True)
+    assert np.array_equal(a.x_iters, b.x_iters) and np.array_equal(a.func_vals, -b.func_vals)
+
+
+@pytest.mark.parametrize("method", [m for m in ALL if m not in MODEL | {"auto"}])  # whose points depend on what is pending
+def test_workers_and_batches_ask_the_same_points(method):
+    one = through(method)
+    assert np.array_equal(one.x_iters, through(method, workers=3).x_iters)
+    batch = minimize(lambda z: ((z - 1) ** 2).sum(1), Box(-5, 5, 2), method, 24, batched=True, progress=False)
+    n = min(len(batch.x_iters), 24)
+    assert np.array_equal(one.x_iters[:n], batch.x_iters[:n])
+
+
+@pytest.mark.parametrize("method", ALL)
+def test_a_journal_cut_anywhere_is_continued_to_the_same_end(method, tmp_path):
+    "What kill -9 leaves: the first k lines and half of the next one."
+    whole, slow = tmp_path / "whole.jsonl", method in MODEL | {"auto"}
+    budget = 16 if slow else 24
+    through(method, budget, journal=whole)
+    lines = whole.read_bytes().splitlines(keepends=True)
+    for k in (25,) if slow else (2, 15, 30):
+        cut = tmp_path / f"{k}.jsonl"
+        cut.write_bytes(b"".join(lines[:k]) + lines[k][: len(lines[k]) // 2])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the torn line is announced
+            through(method, budget, journal=cut)
+        assert cut.read_bytes() == whole.read_bytes()
+
+
+# ---------------------------------------------------------------- one dimension, one GPU
+@pytest.mark.parametrize("method", [m for m in ALL if m not in ("random", "sobol")])
+def test_one_dimension_is_solved(method):
+    opt, told = make(method, Box(-5, 5, 1)), 0
+    while told < (15 if method in MODEL else 600):
+        z = opt.ask()
+        opt.tell(z, (z[:, 0] - 1.234) ** 2)
+        told += len(z)
+    assert opt.best[1] < (1e-2 if method in MODEL | {"auto"} else 1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("method", [m for m in ALL if m not in MODEL | {"auto"}])
+def test_on_a_gpu(method):
+    opt = make(method, Box(-5, 5, 3, device="cuda"))
+    start = steps(opt, 1)
+    steps(opt, 20)
+    assert start.is_cuda and opt.best[0].is_cuda and opt.best[1] < bowl(start).min()

@@ -175,6 +175,165 @@ def test_explain_names_neighbours():
     assert e["known"] == 4 and len(e["nearest"]) == 3 and study.explain(study.trials[0])["chosen_by"] == "the user"
 
 
+# ---------------------------------------------------------------- several losses, constraints
+def two(p):
+    return loss(p), float(p["depth"])
+
+
+def limited(p):
+    return dict(value=two(p), violations=[3 - p["depth"], 0.5 - loss(p)])
+
+
+def nobody_beats(v, y):
+    return not ((y <= v).all(1) & (y < v).any(1)).any()
+
+
+def test_several_losses_give_a_front():
+    with Study(SPACE, "nsga2", population=10) as study:
+        r = study.optimize(two, 120, progress=False)
+        y = np.array([t.value for t in study.trials])
+        assert r.func_vals.shape == (120, 2) and np.array_equal(r.func_vals, y) and r.nfev == 120
+        want = sorted({tuple(v) for v in y if nobody_beats(v, y)})
+        front = study.front()
+        assert [t.value for t in front] == want and len(want) > 3
+        for t in front:  # the earliest of equals
+            assert t is next(u for u in study.trials if u.value == t.value)
+        assert np.array_equal(r.front.values, want) and r.front.x == [t.params for t in front]
+        assert study.best in front and r.x == study.best.params and r.fun == study.best.value
+        ideal, span = np.min(want, 0), np.ptp(want, axis=0)
+        assert study.best is min(front, key=lambda t: (((np.array(t.value) - ideal) / span) ** 2).sum())
+        assert study.explain(front[0])["best_so_far"] is None
+
+
+def test_one_loss_has_a_front_of_one():
+    r = quiet(loss, SPACE, "nsga2", 40, population=8)
+    assert r.front is None and r.func_vals.shape == (40,) and r.fun == r.func_vals.min()
+    study = Study(SPACE, "ga")
+    assert study.front() == [] and Study(SPACE, "nsga2").front() == [] and Study(SPACE, "nsga2").best is None
+    study.optimize(loss, 5, progress=False)
+    assert study.front() == [study.best]
+
+
+def test_maximize_flips_all_losses():
+    a = quiet(limited, SPACE, "nsga2", 80, population=10)
+    flipped = lambda p: limited(p) | dict(value=[-v for v in two(p)])  # noqa: E731
+    b = quiet(flipped, SPACE, "nsga2", 80, population=10, maximize=True)
+    assert a.x_iters == b.x_iters and np.array_equal(a.func_vals, -b.func_vals)
+    assert np.array_equal(a.front.values, -b.front.values) and a.front.x == b.front.x and a.x == b.x
+    assert b.maximize and not a.maximize
+
+
+@pytest.mark.parametrize("returned", [(1.0, 2.0), [1, 2], np.array([1.0, 2.0]), torch.tensor([1.0, 2.0], requires_grad=True),
+                                      (np.float32(1), torch.tensor(2.0))])
+def test_losses_of_all_kinds_are_taken(returned):
+    r = quiet(lambda p: returned, SPACE, "nsga2", 3, population=4)
+    assert r.fun == (1.0, 2.0) and all(type(v) is float for v in r.fun)
+
+
+@pytest.mark.parametrize("returned,words", [
+    ((1.0, math.nan), r"\(1.0, nan\)"), ((1.0, "b"), "tuple.*'b'"), (np.ones((2, 2)), r"shape \(2, 2\)"), ([], r"list \[\]"),
+    ((1.0, 2.0, 3.0), r"3 losses \(1.0, 2.0, 3.0\); allowed: 2"), (7.5, "1 losses 7.5; allowed: 2"), (None, "NoneType")])
+def test_losses_that_cannot_be_used_are_failures_with_all_that_was_computed(returned, words):
+    study = Study(SPACE, "nsga2", population=6)
+    study.tell(study.ask(), two(study.trials[0].params))
+    study.optimize(lambda p: returned if p["act"] == "relu" else two(p), 30, progress=False)
+    reasons = {t.reason for t in study.trials if t.state == "failed"}
+    assert len(reasons) == 1 and __import__("re").search(words, reasons.pop())
+    r = study.result()
+    assert np.isinf(r.func_vals).all(1).sum() == r.nfail > 0 and r.func_vals.shape == (30, 2)
+
+
+def test_several_losses_told_to_a_method_for_one_are_named_and_kept(tmp_path):
+    path = tmp_path / "run.jsonl"
+    with pytest.raises(RuntimeError, match=r"trial 0.*allowed: one number; several with a method that takes them \(nsga2\)"):
+        quiet(two, SPACE, "ga", 4, journal=path)
+    told = [e["failed"] for e in read_journal(path)[1] if "tell" in e]
+    assert len(told) == 4 and all(str(t.params["depth"]) in f for t, f in zip(Study(SPACE, "ga", journal=path).trials, told))
+
+
+def test_batched_and_workers_equal_one_by_one_with_several_losses():
+    space = Box(-2, 2, 3)
+    one = quiet(lambda x: [(x**2).sum(), ((x - 1) ** 2).sum()], space, "nsga2", 70, population=20)
+    rows = lambda z: torch.stack([(z**2).sum(1), ((z - 1) ** 2).sum(1)], 1)  # noqa: E731
+    many = quiet(rows, space, "nsga2", 70, population=20, batched=True)
+    threads = quiet(lambda x: [(x**2).sum(), ((x - 1) ** 2).sum()], space, "nsga2", 70, population=20, workers=3)
+    assert np.array_equal(one.x_iters, threads.x_iters) and np.array_equal(one.func_vals, threads.func_vals)
+    assert np.array_equal(one.x_iters, many.x_iters) and np.allclose(one.func_vals, many.func_vals)
+    limit = quiet(lambda z: dict(value=rows(z), violations=z[:, :1]), space, "nsga2", 70, population=20, batched=True)
+    assert (np.array(limit.front.x)[:, 0] <= 0).all() and "violated" in limit.message
+
+
+def test_target_with_several_losses():
+    assert quiet(two, SPACE, "nsga2", 3000, target=(0.5, 4)).nfev < 1000
+    r = quiet(lambda p: [-v for v in two(p)], SPACE, "nsga2", 3000, target=-4.5, maximize=True)
+    assert r.nfev < 1000 and (r.func_vals[-1] >= -4.5).all() and not (r.func_vals[:-1] >= -4.5).all(1).any()
+
+
+@pytest.mark.parametrize("cut", [1, 7, 12, 13, 24, 41])
+def test_resume_of_two_losses_is_bit_equal(tmp_path, cut):
+    def f(p):
+        if p["depth"] == 2:
+            raise MemoryError("does not fit")
+        return limited(p)
+
+    whole, path, up = tmp_path / "a.jsonl", tmp_path / "b.jsonl", cut % 2 == 1
+    a = quiet(f, SPACE, "nsga2", 30, population=6, journal=whole, maximize=up)
+    path.write_bytes(b"".join(whole.read_bytes().splitlines(True)[: 1 + cut]))
+    b = quiet(f, SPACE, "nsga2", 30, population=6, journal=path, maximize=up)
+    assert path.read_bytes() == whole.read_bytes() and np.array_equal(a.func_vals, b.func_vals)
+    assert a.front.x == b.front.x and np.array_equal(a.front.values, b.front.values) and a.x == b.x
+    with Study(SPACE, "nsga2", population=6, journal=path, maximize=up) as again:
+        assert all(type(t.value) is tuple for t in again.front()) and [t.params for t in again.front()] == a.front.x
+    event = next(e for e in read_journal(path)[1] if "value" in e)
+    assert isinstance(event["value"], list) and len(event["violations"]) == 2
+
+
+def test_enqueued_points_enter_the_front():
+    study = Study(SPACE, "nsga2", population=6)
+    study.enqueue(dict(lr=0.01, depth=5, act="gelu"))
+    study.optimize(two, 12, progress=False)
+    assert study.trials[0] in study.front() and study.trials[0].value[0] < 1e-20
+
+
+@pytest.mark.parametrize("method", ["ga", "cmaes", "random", "bo"])
+def test_violations_reach_every_method(method):
+    "The free optimum is forbidden; what is reported is allowed, and the method has heard of it."
+    f = lambda x: dict(value=float(x @ x), violations=[0.5 - x[0], -1.0])  # noqa: E731
+    study = Study(Box(-2, 2, 2), method)
+    r = study.optimize(f, 20 if method == "bo" else 200, progress=False)
+    assert r.x[0] >= 0.5 and r.fun == study.best.value == min(t.value for t in study.trials if t.params[0] >= 0.5)
+    assert np.isinf(r.func_vals).sum() == sum(t.excess > 0 for t in study.trials) > 0 == r.nfail
+    assert study.optimizer.best[1] == r.fun and "violated constraints" in r.message
+
+
+def test_nothing_allowed_says_how_near_it_came():
+    with pytest.raises(RuntimeError, match=r"none of 40 evaluations was allowed; the least forbidden one \(trial \d\) violates by 2"):
+        quiet(lambda p: dict(value=1.0, violations=10 - p["depth"]), Space(depth=Integer(1, 8)), "random", 40)
+
+
+def test_violations_are_checked_before_the_trial_is_answered():
+    study = Study(SPACE, "nsga2")
+    t = study.ask()
+    for bad, error in (("much", TypeError), ([1.0, math.nan], ValueError), ([[1], [2, 3]], ValueError)):
+        with pytest.raises(error):
+            study.tell(t, (1.0, 2.0), violations=bad)
+    assert t.state == "running"
+    study.tell(t, (1.0, 2.0), violations=torch.tensor([-1.0, 0.0]))
+    assert t.excess == 0 and study.best is t
+    r = quiet(lambda p: dict(value=1.5, violations=math.nan) if p["act"] == "relu" else 1.0, SPACE, "random", 8)
+    assert 0 < r.nfail < 8
+    odd = Study(SPACE, "random")
+    odd.optimize(lambda p: dict(value=1.5, colour=3) if p["act"] == "relu" else 1.0, 8, progress=False)
+    assert all("1.5" in t.reason and "colour" in t.reason for t in odd.trials if t.reason)
+
+
+def test_losses_keep_double_precision():
+    study = Study(Box(-1, 1, 1), "random")
+    for i in range(3):
+        study.tell(study.ask(), 1000 - 1e-9 * i)
+    assert study.optimizer.best[1] == 1000 - 2e-9
+
+
 # ---------------------------------------------------------------- workers
 @pytest.mark.parametrize("method", ["ga", "random", "cmaes"])
 @pytest.mark.parametrize("workers", [2, 5])
@@ -316,12 +475,13 @@ from gfopt import Box, minimize
 path, method = sys.argv[1:]
 def f(x):
     time.sleep(0.004)
-    return float(((x - 1) ** 2).sum())
+    y = float(((x - 1) ** 2).sum())
+    return dict(value=[y, float(((x + 1) ** 2).sum())], violations=[float(x[0])]) if method == "nsga2" else y
 minimize(f, Box(-5, 5, 3), method, 60, journal=path, progress=False)
 """
 
 
-@pytest.mark.parametrize("method", ["ga", "cmaes", "bo"])
+@pytest.mark.parametrize("method", ["ga", "cmaes", "bo", "nsga2"])
 def test_kill_9_loses_at_most_the_evaluation_in_flight(tmp_path, method):
     rng = np.random.default_rng(0)
     whole, path = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
