@@ -83,7 +83,7 @@ def test_portions_of_rows_leave_no_trace(monkeypatch):
     low, high, leader = torch.zeros(5).double(), torch.ones(5).double(), torch.arange(9)
     args = (x, before, memory, leader, 0.7, 0.0, 0.0, high, low, high)  # without dice: portions draw in another order
     whole = fly(*args, generator(1), torch.empty_like(x))
-    monkeypatch.setattr("gfopt.search.swarm.row_chunks", lambda n, *_: [slice(i, min(i + 2, n)) for i in range(0, n, 2)])
+    monkeypatch.setattr("gfopt.search.swarm.row_chunks", lambda n, *_, **__: [slice(i, min(i + 2, n)) for i in range(0, n, 2)])
     assert torch.equal(fly(*args, generator(1), torch.empty_like(x)), whole)
 
 

@@ -146,7 +146,8 @@ def pick(
 ) -> Tensor:  # same shape; `a` or `b` itself when it is everything
     "Rows of one tensor or the other."
     if mask.all() or not mask.any(): return a if mask[0] else b
-    return torch.where(mask[:, None], a, b, out=empty_like(a))
+    rows = [p if first else q for first, p, q in zip(mask.tolist(), a, b)]
+    return torch.stack(rows, out=empty_like(a))  # whole rows are copied faster than numbers are chosen
 
 # %% ../../nbs/2_search/03_swarm.ipynb #7dc3bacb
 class ParticleSwarm(Generational):
