@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..optimizer import Generational, check_float, check_int, ranks
+from .covariance import point, widest
 from ..space import as_space, empty, row_chunks
 
 # %% ../../nbs/2_search/10_large.ipynb #8fadec56
@@ -149,9 +150,8 @@ class CRFMNES(Generational):
         self.slow = math.tanh((0.024 * n + 0.7 * d + 20) / (d + 12))
         self.closing = 2 * math.tanh((0.025 * n + 0.75 * d + 10) / (d + 4))
         self.rate = math.tanh((min(0.02 * n, 3 * math.log(d)) + 5) / (0.23 * d + 25))
-        wide = (space.width / space.sigma0).double()
-        self.least = torch.where(space.levels > 0, 0.2 * wide / space.levels.clamp(min=1), 1e-30)
-        self.widest = torch.where(space.bounded, wide, 1e30)
+        self.widest = widest(space)
+        self.least = torch.where(space.levels > 0, 0.2 * self.widest / space.levels.clamp(min=1), 1e-30)
         super().__init__(space, seed=seed, population=n)
 
     def init(self, generator):
@@ -200,5 +200,4 @@ class CRFMNES(Generational):
         return self.State(m, sigma, width / sigma, v, ps, pc, s.generation + 1)  # 8
 
     def recommend(self):
-        x = self.space.x0 + self.space.sigma0 * self.state.m
-        return self.space.canonical(self.repair(x.to(self.space.dtype)[None]))[0]
+        return self.space.canonical(self.repair(point(self.space, self.state.m)[None]))[0]
