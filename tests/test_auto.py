@@ -30,8 +30,8 @@ def test_every_situation_has_a_method_and_a_reason(d, budget, noisy, discrete):
     ("d", "budget", "noisy", "discrete", "method"),
     [
         (5, 14, False, False, "snes"), (5, 15, False, False, "bo"), (5, 200, False, False, "bo"),
-        (5, 201, False, False, "crfmnes"), (5, 250, False, False, "cmaes"), (5, 999, True, False, "crfmnes"),
-        (5, 1000, True, False, "cmaes"), (100, 999, False, False, "snes"), (100, 1000, False, False, "crfmnes"),
+        (5, 201, False, False, "crfmnes"), (5, 250, False, False, "cmaes"), (5, 249, True, False, "crfmnes"),
+        (5, 250, True, False, "cmaes"), (100, 999, False, False, "snes"), (100, 1000, False, False, "crfmnes"),
         (100, 100_000, False, False, "cmaes"), (24, 1000, False, True, "cmaes"), (101, 2000, False, True, "crfmnes"),
         (10**5, 10**5, False, False, "snes"), (10**5, 10**6, False, False, "crfmnes"),
     ],

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from searching import best_after, run
 
 from gfopt.functions import ellipsoid, random_rotation, rastrigin, rosenbrock, sphere
 from gfopt.optimizer import generator
@@ -25,14 +26,6 @@ def free(d, x0=0.0, sigma0=2.0, **kw):
 
 def noise(*shape, seed=0):
     return torch.randn(*shape, generator=generator("test", seed), dtype=DOUBLE)
-
-
-def run(opt, f, evaluations):
-    used = 0
-    while used < evaluations:
-        used += len(z := opt.ask())
-        opt.tell(z, f(z))
-    return opt.best[1]
 
 
 def started(d, runs=(), seed=0):
@@ -174,7 +167,7 @@ def test_a_matrix_beyond_double_precision_is_floored_and_its_scale_handed_to_sig
 
 def test_one_dimension_is_enough():
     opt = CMAES(free(1, x0=3.0))
-    assert opt.population == 4 and run(opt, lambda z: (z[:, 0] - 1.234) ** 2, 600) < 1e-12
+    assert opt.population == 4 and best_after(opt, lambda z: (z[:, 0] - 1.234) ** 2, 600) < 1e-12
 
 
 def test_a_thousand_dimensions_do_not_overflow():
@@ -257,7 +250,7 @@ def test_restarts_leave_everything_before_the_first_one_as_it_is():
 
 def test_restarts_escape_where_one_run_is_stuck():
     def ends(kind):
-        return [run(CMAES(Box(-5, 5, 2), seed=s, restarts=kind), lambda z: rastrigin(z - 1.2), 3500) for s in (0, 3)]
+        return [best_after(CMAES(Box(-5, 5, 2), seed=s, restarts=kind), lambda z: rastrigin(z - 1.2), 3500) for s in (0, 3)]
 
     assert min(ends(None)) > 0.5 and max(ends("ipop")) < 1e-7 and max(ends("bipop")) < 1e-7
 
@@ -371,7 +364,7 @@ MIXED = Space(lr=Real(1e-4, 1, log=True), depth=Integer(1, 8), act=Categorical([
 def test_the_four_assemblies_learn_and_save(space, noisy):
     opt = CMAES(space, seed=1, noisy=noisy)
     f = lambda z: sphere(z - opt.space.canonical(torch.full_like(z, 0.3)))  # noqa: E731
-    assert run(opt, f, 1200) < 1e-3
+    assert best_after(opt, f, 1200) < 1e-3
     again = CMAES(space, seed=1, noisy=noisy)
     again.load_state_dict(opt.state_dict())
     assert torch.equal(again.ask(), opt.ask()) and torch.equal(again.recommend(), opt.recommend())
@@ -413,6 +406,6 @@ def test_a_generation_of_sep_cma_is_that_of_the_paper_written_out():
 
 def test_the_diagonal_is_faster_upright_and_stuck_when_turned():
     R = random_rotation(12, seed=1)
-    upright = [run(M(free(12), seed=0), lambda x: ellipsoid(x - 1), 3500) for M in (SepCMAES, CMAES)]
-    turned = [run(M(free(12), seed=0), lambda x: ellipsoid((x - 1) @ R.T), 7000) for M in (SepCMAES, CMAES)]
+    upright = [best_after(M(free(12), seed=0), lambda x: ellipsoid(x - 1), 3500) for M in (SepCMAES, CMAES)]
+    turned = [best_after(M(free(12), seed=0), lambda x: ellipsoid((x - 1) @ R.T), 7000) for M in (SepCMAES, CMAES)]
     assert upright[0] < 1e-3 * upright[1] and turned[1] < 1e-3 * turned[0]

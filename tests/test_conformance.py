@@ -7,21 +7,14 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from searching import MIXED
 
 from gfopt.optimizer import METHODS, Generational, Optimizer, generator, make_optimizer
-from gfopt.space import Box, Categorical, Integer, Real, Space
+from gfopt.space import Box
 from gfopt.study import minimize
 
 ALL = sorted(METHODS)
 MODEL = {"bo"}  # an ask costs milliseconds: shorter runs suffice
-MIXED = Space(
-    lr=Real(1e-4, 1.0, log=True),
-    depth=Integer(1, 8),
-    act=Categorical(["relu", "gelu", "silu"]),
-    beta=Real(0.5, 0.99, when={"act": ["gelu"]}),
-)
-
-
 def make(method, space, seed=0, **kw):
     return make_optimizer(method, space, seed, **kw)
 

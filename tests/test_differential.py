@@ -5,9 +5,11 @@ import math
 
 import pytest
 import torch
+from searching import run
 
 from gfopt.functions import rastrigin, rosenbrock, sphere
 from gfopt.optimizer import generator
+from gfopt.search import differential
 from gfopt.search.differential import (
     LSHADE,
     DifferentialEvolution,
@@ -26,7 +28,8 @@ MIXED = Space(n=Integer(1, 40), x=Real(0, 1), c=Categorical(["a", "b", "c", "d"]
               extra=Real(0, 1, when={"c": ["b"]}))
 
 
-def run(opt, f, evaluations):
+def generations(opt, f, evaluations):
+    "The states passed through."
     used, states = 0, []
     while used < evaluations:
         z = opt.ask()
@@ -154,7 +157,7 @@ def test_the_archive_holds_beaten_parents_only_and_shrinks_with_the_population()
 
 def test_no_archive_is_possible():
     opt = LSHADE(Box(-5, 5, 3), budget=2000, archive=0.0)
-    assert all(len(s.archive) == 0 for s in run(opt, sphere, 2000)) and opt.best[1] < 1e-6
+    assert all(len(s.archive) == 0 for s in generations(opt, sphere, 2000)) and opt.best[1] < 1e-6
 
 
 def test_without_an_improvement_nothing_is_remembered_and_a_tie_wanders():
@@ -212,7 +215,7 @@ def test_members_differ_from_their_donors(monkeypatch):
 def test_the_population_falls_to_four_at_the_budget_and_goes_on(budget, population):
     opt = LSHADE(Box(-5, 5, 3), budget=budget, population=population)
     first, sizes = opt.population, []
-    for s in run(opt, rosenbrock, budget + 100):
+    for s in generations(opt, rosenbrock, budget + 100):
         sizes.append(s.population)
         assert s.population == min(round(first + (4 - first) * min(s.evaluations / budget, 1)), *sizes)
         assert (s.population == 4) or s.evaluations < budget
@@ -302,7 +305,7 @@ def test_valleys_in_ten_dimensions_within_ten_thousand_evaluations():
 def test_smallest_and_single_precision_and_one_dimension():
     for box in (Box(-1, 1, 1), Box(-1, 1, 2, dtype=torch.float32)):
         opt = LSHADE(box, population=4, budget=50)
-        states = run(opt, sphere, 200)
+        states = generations(opt, sphere, 200)
         assert states[-1].x.dtype == box.dtype and opt.ask().dtype == box.dtype
         assert all(torch.isfinite(s.x).all() and torch.isfinite(s.F).all() for s in states)
 
@@ -312,3 +315,14 @@ def test_the_crossover_rate_may_differ_per_row():
     rate = torch.linspace(0, 1, 400)[:, None]
     t = binomial_crossover(x, v, rate, generator(9)).mean(1)
     assert (t - rate[:, 0]).abs().mean() < 0.07 and (t >= 1 / 50 - 1e-6).all()
+
+
+def test_mutants_do_not_depend_on_how_many_rows_are_made_at_a_time(monkeypatch):
+    opt = LSHADE(Box(-5, 5, 6), population=20, seed=2)
+    generations(opt, rosenbrock, 200)
+    assert len(opt.state.archive)
+    monkeypatch.setattr(differential, "binomial_crossover", lambda x, v, rate, g: v + rate)
+    whole = opt.sample(opt.state, generator(1))["x"]
+    for step in (1, 3, 7):
+        monkeypatch.setattr(differential, "row_chunks", lambda n, *a, step=step: [slice(i, min(i + step, n)) for i in range(0, n, step)])
+        assert torch.equal(opt.sample(opt.state, generator(1))["x"], whole)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from searching import best_after
 
 from gfopt.functions import rastrigin, rosenbrock, rotated, shifted, sphere
 from gfopt.optimizer import generator
@@ -15,6 +16,7 @@ from gfopt.search.genetic import (
     PLAIN,
     GeneticAlgorithm,
     arithmetic_crossover,
+    at_least_a_bin,
     blx_crossover,
     boltzmann_probability,
     breeder_mutation,
@@ -35,15 +37,6 @@ from gfopt.search.genetic import (
 from gfopt.space import Box, Categorical, Integer, Real, Space, row_chunks
 
 LOSSES = st.lists(st.floats(-1e3, 1e3), min_size=1, max_size=12)
-
-
-def run(opt, f, evaluations):
-    used = 0
-    while used < evaluations:
-        z = opt.ask()
-        opt.tell(z, f(z))
-        used += len(z)
-    return opt.best[1]
 
 
 def median(values):
@@ -155,12 +148,12 @@ def test_polynomial_mutation_is_scaled_by_the_width_and_never_exceeds_it():
 def test_every_combination_of_operators_searches(selection, crossover):
     for mutation in genetic.MUTATION:
         opt = GeneticAlgorithm(Box(-5, 5, 2), selection=selection, crossover=crossover, mutation=mutation)
-        assert run(opt, lambda z: sphere(z - 1), 1600) < 0.05
+        assert best_after(opt, lambda z: sphere(z - 1), 1600) < 0.05
 
 
 def test_the_plain_form_of_the_theory_is_available():
     opt = GeneticAlgorithm(Box(-5, 5, 2), **PLAIN)
-    assert run(opt, lambda z: sphere(z - 1), 2000) < 0.05
+    assert best_after(opt, lambda z: sphere(z - 1), 2000) < 0.05
     assert GeneticAlgorithm(Box(-5, 5, 2), selection="roulette", crossover="arithmetic", mutation="gaussian").ask().shape == (40, 2)
 
 
@@ -477,7 +470,7 @@ def test_a_mixed_conditional_space_is_solved():
         return torch.tensor([abs(math.log10(p["lr"]) + 2) + abs(p["depth"] - 33) / 8 + (abs(p["beta"] - 0.8) if p["act"] == "x" else 1 + (p["act"] != "w"))
                              for p in space.decode(z)])
 
-    assert median([run(GeneticAlgorithm(space, seed=s), f, 1200) for s in range(3)]) < 0.05
+    assert median([best_after(GeneticAlgorithm(space, seed=s), f, 1200) for s in range(3)]) < 0.05
 
 
 # quality ---------------------------------------------------------------------------------------------------------------
@@ -487,28 +480,28 @@ def test_a_mixed_conditional_space_is_solved():
     (sphere, 10, 1e-5), (sphere, 20, 1e-3), (lambda x: rosenbrock(x + 1), 10, 15), (rastrigin, 10, 1e-2), (rastrigin, 20, 4.5)],
     ids=["sphere10", "sphere20", "rosenbrock10", "rastrigin10", "rastrigin20"])
 def test_the_defaults_reach_the_peer(f, d, limit):
-    assert median([run(GeneticAlgorithm(Box(-5, 5, d), seed=s), shifted(f, d, s), 10_000) for s in range(3)]) < limit
+    assert median([best_after(GeneticAlgorithm(Box(-5, 5, d), seed=s), shifted(f, d, s), 10_000) for s in range(3)]) < limit
 
 
 def test_the_defaults_on_rotated_landscapes():
     f = rotated(lambda x: rosenbrock(x + 1), 10, 0)
-    assert median([run(GeneticAlgorithm(Box(-5, 5, 10), seed=s), shifted(f, 10, s), 10_000) for s in range(3)]) < 17
+    assert median([best_after(GeneticAlgorithm(Box(-5, 5, 10), seed=s), shifted(f, 10, s), 10_000) for s in range(3)]) < 17
 
 
 @pytest.mark.parametrize("corner", [5.0, -5.0])
 def test_a_corner_is_found_precisely(corner):
-    assert median([run(GeneticAlgorithm(Box(-5, 5, 5), seed=s), lambda z: sphere(z - corner), 6000) for s in range(3)]) < 1e-4
+    assert median([best_after(GeneticAlgorithm(Box(-5, 5, 5), seed=s), lambda z: sphere(z - corner), 6000) for s in range(3)]) < 1e-4
 
 
 def test_an_optimum_far_outside_the_first_cloud_is_reached():
     box = Box(-math.inf, math.inf, 5, x0=0.0, sigma0=1.0)
-    assert median([run(GeneticAlgorithm(box, seed=s), lambda z: sphere(z - 20), 8000) for s in range(3)]) < 1e-3
+    assert median([best_after(GeneticAlgorithm(box, seed=s), lambda z: sphere(z - 20), 8000) for s in range(3)]) < 1e-3
 
 
 @pytest.mark.parametrize("f", [lambda z: sphere(100 * (z - 0.7)), lambda z: sphere(z - 1000.7)], ids=["scaled", "moved"])
 def test_a_scaled_or_moved_box_is_the_same_problem(f):
     low = 0.0 if float(f(torch.tensor([0.7]))) < 1 else 1000.0
-    assert median([run(GeneticAlgorithm(Box(low, low + 1, 5), seed=s), f, 4000) for s in range(3)]) < 1e-3
+    assert median([best_after(GeneticAlgorithm(Box(low, low + 1, 5), seed=s), f, 4000) for s in range(3)]) < 1e-3
 
 
 @pytest.mark.parametrize("setting", [dict(selection="best"), dict(crossover="two"), dict(mutation="x"), dict(population=1), dict(elite=41),
@@ -516,3 +509,15 @@ def test_a_scaled_or_moved_box_is_the_same_problem(f):
 def test_a_bad_setting_is_refused_by_name(setting):
     with pytest.raises(ValueError, match=next(iter(setting))):
         GeneticAlgorithm(Box(-1, 1, 2), **setting)
+
+
+def test_discrete_steps_are_a_bin_at_least_and_keep_their_direction():
+    space = Space(n=Integer(1, 10), x=Real(0, 1), c=Categorical(["a", "b", "c", "d"], ordered=True))
+    x = space.uniform(500, generator("bin"))
+    new = x + 0.3 * torch.randn(x.shape, generator=generator("step"), dtype=x.dtype)
+    got = at_least_a_bin(new, x, space)
+    for (i, j), want in zip(((0, 0.1), (2, 0.25)), (new[:, 0], new[:, 2])):
+        step = want - x[:, i]
+        literal = [a + (b if abs(b) >= j else math.copysign(j, b)) for a, b in zip(x[:, i].tolist(), step.tolist())]
+        assert torch.allclose(got[:, i], torch.tensor(literal, dtype=x.dtype))
+    assert torch.equal(got[:, 1], new[:, 1]) and at_least_a_bin(new, x, Box(0, 1, 3)) is new

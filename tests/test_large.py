@@ -15,11 +15,11 @@ from gfopt.search.large import (
     lengths,
     shape_gradient,
     shape_step,
-    shares,
     stretched_,
     sums,
     volume,
 )
+from gfopt.search.strategies import shares
 from gfopt.space import Box, Categorical, Integer, Real, Space
 
 SHAPE = ("m", "D", "v", "ps", "pc")

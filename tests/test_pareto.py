@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from searching import MIXED
 
 from gfopt.plots import plot_pareto
 from gfopt.search import pareto
@@ -29,8 +30,6 @@ from gfopt.search.pareto import (
 )
 from gfopt.space import Box, Categorical, Integer, Real, Space
 
-MIXED = Space(lr=Real(1e-4, 1.0, log=True), depth=Integer(1, 8), act=Categorical(["relu", "gelu", "silu"]),
-              beta=Real(0.5, 0.99, when={"act": ["gelu"]}))
 few = settings(max_examples=60, deadline=None)
 rows = lambda m, top=3: st.lists(st.lists(st.integers(0, top), min_size=m, max_size=m), min_size=1, max_size=9)  # noqa: E731
 

@@ -4,6 +4,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from searching import best_after, run
 
 from gfopt.functions import ellipsoid, random_rotation, rosenbrock, sphere
 from gfopt.optimizer import generator, make_optimizer
@@ -33,15 +34,6 @@ POPULATION = ["ga", "pso", "de", "es", "snes", "cmaes", "sepcmaes"]
 RANKED = [("ga", {}), ("ga", {"selection": "rank"}), ("pso", {}), ("pso", {"topology": "ring"}), ("de", {}), ("es", {}), ("snes", {}), ("cmaes", {}), ("sepcmaes", {})]
 
 
-def run(opt, f, evaluations):
-    used = 0
-    while used < evaluations:
-        z = opt.ask()
-        opt.tell(z, f(z))
-        used += len(z)
-    return opt.best[1]
-
-
 def fields(opt):
     return {n: torch.as_tensor(getattr(opt.state, n), dtype=torch.float64).clone() for n in opt.State.__dataclass_fields__}
 
@@ -69,7 +61,7 @@ def test_the_swarm_does_not_care_where_the_box_lies(topology):
     """A peer clamps the velocity to the position box: 0.0 on [-5, 5], 29.1 on [5, 15]."""
     for low in (-5.0, 5.0, 1000.0):
         opt = ParticleSwarm(Box(low, low + 10, 10), topology=topology)
-        assert run(opt, lambda z, low=low: sphere(z - low - 3), 6000) < (1e-6 if topology == "global" else 1e-1)
+        assert best_after(opt, lambda z, low=low: sphere(z - low - 3), 6000) < (1e-6 if topology == "global" else 1e-1)
 
 
 def test_velocity_is_limited_by_the_width():
@@ -193,7 +185,7 @@ def test_condition_1e8_needs_double_precision_and_gets_it_in_a_single_precision_
     R, scale = random_rotation(5, seed=2), 10.0 ** torch.linspace(0, 8, 5, dtype=torch.float64)
     opt = CMAES(Box(-math.inf, math.inf, 5, x0=1.0, sigma0=1.0, dtype=torch.float32), seed=1)
     start = float((scale * (torch.ones(5, dtype=torch.float64) @ R.T) ** 2).sum())
-    assert run(opt, lambda z: (scale * (z.double() @ R.T) ** 2).sum(1), 9000) < 1e-8 * start
+    assert best_after(opt, lambda z: (scale * (z.double() @ R.T) ** 2).sum(1), 9000) < 1e-8 * start
     assert opt.state.C.dtype == torch.float64 and opt.ask().dtype == torch.float32
 
 
@@ -323,7 +315,7 @@ def test_a_generation_without_information_moves_no_distribution(method, value):
 def test_an_optimum_inside_on_an_edge_in_a_corner_or_beyond(method, tolerance, target):
     t = torch.tensor(target, dtype=torch.float64)
     opt = make_optimizer(method, Box(-5, 5, 3), 2)
-    assert run(opt, lambda z: sphere(z - t), 3000) - float(sphere(t - t.clamp(-5, 5))) < tolerance
+    assert best_after(opt, lambda z: sphere(z - t), 3000) - float(sphere(t - t.clamp(-5, 5))) < tolerance
 
 
 @pytest.mark.parametrize("method", POPULATION)
@@ -333,4 +325,4 @@ def test_an_ordered_coordinate_does_not_freeze(method):
     def f(z):
         return torch.tensor([abs(p["n"] - 33) / 4 + (p["x"] - 0.3) ** 2 for p in space.decode(z)])
 
-    assert np.median([run(make_optimizer(method, space, s), f, 900) for s in range(3)]) < 0.02
+    assert np.median([best_after(make_optimizer(method, space, s), f, 900) for s in range(3)]) < 0.02

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from searching import run
 
 from gfopt.functions import ellipsoid, random_rotation, rosenbrock, sphere
 from gfopt.optimizer import generator
@@ -26,15 +27,6 @@ from gfopt.space import Box, Categorical, Integer, Real, Space
 ALL = [EvolutionStrategy, SNES, XNES]
 METHODS = [(EvolutionStrategy, {}), (EvolutionStrategy, {"optimizer": "clipup"}), (SNES, {}), (XNES, {})]
 IDS = ["es", "es-clipup", "snes", "xnes"]
-
-
-def run(opt, f, evaluations):
-    used = 0
-    while used < evaluations:
-        z = opt.ask()
-        opt.tell(z, f(z))
-        used += len(z)
-    return opt
 
 
 def median(M, f, evaluations, box, seeds=3, **settings):

@@ -4,6 +4,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from searching import MIXED, best_after, run
 
 from gfopt.functions import rosenbrock, sphere
 from gfopt.optimizer import generator
@@ -19,20 +20,9 @@ from gfopt.search.swarm import (
     placed,
     throw,
 )
-from gfopt.space import Box, Categorical, Integer, Real, Space
+from gfopt.space import Box
 
-MIXED = Space(lr=Real(1e-4, 1.0, log=True), depth=Integer(1, 8), act=Categorical(["relu", "gelu", "silu"]),
-              beta=Real(0.5, 0.99, when={"act": ["gelu"]}))
 BOTH = [ParticleSwarm, CompetitiveSwarm]
-
-
-def run(opt, f, evaluations):
-    told = 0
-    while told < evaluations:
-        z = opt.ask()
-        opt.tell(z, f(z))
-        told += len(z)
-    return opt.best[1]
 
 
 def rand(*shape, seed=0):
@@ -107,7 +97,7 @@ def test_constriction_is_the_customary_number():
 def test_a_moved_box_is_as_good(method):
     "A peer clamps the velocity to the position box: solved on [-5, 5], 29.1 on [5, 15]."
     for low in (-5.0, 5.0, 995.0):
-        assert run(method(Box(low, low + 10, 10)), lambda z, low=low: sphere(z - low - 3), 6000) < 1e-6
+        assert best_after(method(Box(low, low + 10, 10)), lambda z, low=low: sphere(z - low - 3), 6000) < 1e-6
 
 
 @pytest.mark.parametrize("max_speed", [0.05, 0.5, 1.0])
@@ -215,7 +205,7 @@ def test_the_default_population_grows_with_the_dimension():
 
 
 def test_in_many_dimensions_the_competitive_swarm_is_ahead():
-    a, b = (run(m(Box(-5, 5, 300)), lambda z: sphere(z - 1), 6000) for m in (CompetitiveSwarm, ParticleSwarm))
+    a, b = (best_after(m(Box(-5, 5, 300)), lambda z: sphere(z - 1), 6000) for m in (CompetitiveSwarm, ParticleSwarm))
     assert a < b / 2
 
 
@@ -239,7 +229,7 @@ def test_mixed_spaces_are_searched_to_the_end(method):
 @pytest.mark.parametrize("method", BOTH)
 def test_an_unbounded_box_has_no_walls(method):
     opt = method(Box(-math.inf, math.inf, x0=[0.0, 0.0], sigma0=1.0))
-    assert run(opt, lambda z: sphere(z - 8), 2000) < 1e-6
+    assert best_after(opt, lambda z: sphere(z - 8), 2000) < 1e-6
 
 
 def test_who_did_not_report_stays_and_failures_are_never_remembered():

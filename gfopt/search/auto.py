@@ -20,7 +20,7 @@ def choose(
     have = f"{budget} evaluations in {d} dimension{'s' * (d > 1)}"
     if 3 * d <= budget <= 200:
         return "bo", f"{have} are worth a model of the objective"
-    if budget >= (40 if noisy else 10) * d * d:
+    if budget >= 10 * d * d:
         return "cmaes", f"{have} can pay for a full covariance" + (", noise included" if noisy else "")
     if discrete and d <= 100 and budget >= 10 * d:
         return "cmaes", f"{have}, some of them discrete: its margin keeps their values alive"

@@ -6,7 +6,7 @@
 __all__ = ['distinct_others', 'mutant', 'binomial_crossover', 'categories_from', 'DifferentialEvolution', 'toward_best',
            'halfway', 'draw_controls', 'lehmer_mean', 'population_at', 'first_population', 'LSHADE']
 
-# %% ../../nbs/2_search/04_differential.ipynb #2d4c23b6
+# %% ../../nbs/2_search/04_differential.ipynb #4d5812fd
 import math
 from dataclasses import dataclass
 
@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from ..optimizer import Generational, check_float, check_int, generator
-from .swarm import best_per_row, empty_like, pick, placed, reports
-from ..space import as_space, row_chunks
+from .swarm import best_per_row, pick, placed, reports
+from ..space import as_space, empty_like, row_chunks
 
 # %% ../../nbs/2_search/04_differential.ipynb #2e8bd572
 def distinct_others(
@@ -50,7 +50,7 @@ def binomial_crossover(
     j0 = torch.randint(x.shape[1], (len(x), 1), generator=generator, device=x.device)
     return torch.where(take.scatter(1, j0, True), v, x)
 
-# %% ../../nbs/2_search/04_differential.ipynb #99331d86
+# %% ../../nbs/2_search/04_differential.ipynb #9f1647df
 def categories_from(
     v: Tensor,  # mutants, shape `(n, d)`
     donor: Tensor,  # whose category to take, same shape
@@ -163,7 +163,7 @@ def first_population(
     "As many members as the budget can bring together, Eq. (2.4.9)."
     return min(18 * dim, max(10, round(math.sqrt(budget) / 2)))
 
-# %% ../../nbs/2_search/04_differential.ipynb #b1132a4c
+# %% ../../nbs/2_search/04_differential.ipynb #d209d2cd
 class LSHADE(Generational):
     "L-SHADE, Eqs. (2.4.2) to (2.4.9): DE that learns F and rate and shrinks (Tanabe and Fukunaga, 2014)."
 
@@ -204,18 +204,22 @@ class LSHADE(Generational):
         if state.generation == 0: return dict(x=box.uniform(N, generator), F=F, rate=rate)  # 1 initialise
         draw = lambda n: torch.randint(n, (N,), generator=generator, device=x.device)  # noqa: E731
         top = state.y.argsort(stable=True)[: max(2, round(self.elite * N))]
-        best, i, a, b = x[top[draw(len(top))]], torch.arange(N, device=x.device), draw(N - 1), draw(N + len(state.archive) - 2)
+        p, i, a, b = top[draw(len(top))], torch.arange(N, device=x.device), draw(N - 1), draw(N + len(state.archive) - 2)
         a += a >= i  # another one than i
         b += b >= torch.minimum(a, i)
         b += b >= torch.maximum(a, i)  # another one than both
-        v = toward_best(x, best, x[a], torch.cat([x, state.archive])[b], F[:, None].to(x.dtype))  # 4 mutate
-        v = categories_from(halfway(v, x, box.low, box.high), x[a], box, self.reset, generator)
-        return dict(x=binomial_crossover(x, v, rate[:, None].to(x.dtype), generator), F=F, rate=rate)  # 5 cross
+        f, c, old_too, out = F[:, None].to(x.dtype), rate[:, None].to(x.dtype), torch.cat([x, state.archive]), empty_like(x)
+        for rows in row_chunks(*x.shape, x.device):
+            here, best, other, third = x[rows], *(t.index_select(0, j[rows]) for t, j in ((x, p), (x, a), (old_too, b)))
+            v = halfway(toward_best(here, best, other, third, f[rows]), here, box.low, box.high)  # 4 mutate
+            v = categories_from(v, other, box, self.reset, generator)
+            out[rows] = binomial_crossover(here, v, c[rows], generator)  # 5 cross
+        return dict(x=out, F=F, rate=rate)
 
     def update(self, state, told):  # 2 evaluate: told holds the losses
         i = best_per_row(told["k"] % state.population, told["y"])
         row, y = told["k"][i] % state.population, told["y"][i]
-        x, before = told["x"][i], state.y[row]
+        before = state.y[row]
         won, gain = y <= before, before - y  # 6 compete
         good = (gain > 0) & before.isfinite()
         F, rate, entry = state.F.clone(), state.rate.clone(), state.entry
@@ -226,10 +230,12 @@ class LSHADE(Generational):
             entry = (entry + 1) % self.memory
         spent = state.evaluations + len(told["y"])
         N = min(population_at(spent, self.budget, self._setting), state.population)  # 8 shrink
-        beaten = torch.cat([state.archive, state.x[row[good]]])
-        order = torch.randperm(len(beaten), generator=generator(self.seed, "archive", state.generation, device=x.device),
-                               device=x.device)[: round(self.archive * N)]
-        x = state.x.index_copy(0, row[won], x[won])
-        y = state.y.index_copy(0, row[won], y[won])
-        keep = y.argsort(stable=True)[:N].sort().values
-        return self.State(x[keep], y[keep], beaten[order], F, rate, entry, spent, N, state.generation + 1)  # 9 repeat
+        beaten = torch.cat([state.archive, state.x.index_select(0, row[good])])
+        order = torch.randperm(len(beaten), generator=generator(self.seed, "archive", state.generation, device=y.device),
+                               device=y.device)[: round(self.archive * N)]
+        x = placed(state.x, row[won], told["x"].index_select(0, i[won]))
+        y = placed(state.y, row[won], y[won])
+        if N < len(y):
+            keep = y.argsort(stable=True)[:N].sort().values
+            x, y = x[keep], y[keep]
+        return self.State(x, y, beaten.index_select(0, order), F, rate, entry, spent, N, state.generation + 1)  # 9 repeat

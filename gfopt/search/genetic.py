@@ -6,9 +6,10 @@
 __all__ = ['BLX_ALPHA', 'SELECTION', 'CROSSOVER', 'MUTATION', 'PLAIN', 'loss_to_fitness', 'selection_probability', 'spin',
            'arithmetic_crossover', 'gaussian_mutation', 'rank_probability', 'boltzmann_probability', 'tournament',
            'stochastic_universal', 'blx_crossover', 'sbx_crossover', 'uniform_crossover', 'polynomial_mutation',
-           'breeder_mutation', 'uniform_reset', 'survivors', 'fitness_probability', 'GeneticAlgorithm']
+           'breeder_mutation', 'uniform_reset', 'at_least_a_bin', 'survivors', 'fitness_probability',
+           'GeneticAlgorithm']
 
-# %% ../../nbs/2_search/02_genetic.ipynb #e2e736b1
+# %% ../../nbs/2_search/02_genetic.ipynb #a797a38b
 import math
 from dataclasses import dataclass
 
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..optimizer import Generational, check_choice, check_float, check_int, ranks
-from ..space import row_chunks
+from ..space import empty, row_chunks
 
 # %% ../../nbs/2_search/02_genetic.ipynb #f92ae64d
 def loss_to_fitness(
@@ -196,6 +197,17 @@ def uniform_reset(
     "Uniform on the range, whatever it was: the mutation of unordered categories."
     return low + width * torch.rand(x.shape, generator=generator, dtype=x.dtype, device=x.device)
 
+# %% ../../nbs/2_search/02_genetic.ipynb #5fd284a4
+def at_least_a_bin(
+    new: Tensor,  # mutated points, shape `(n, d)`
+    x: Tensor,  # what they were, same shape
+    space,  # with `levels` and `width`, each of shape `(d,)`
+) -> Tensor:  # shape `(n, d)`
+    "Steps that rounding would take away, lengthened to a bin; those of real coordinates as they are."
+    if not space.snaps: return new
+    bin, step = space.width / space.levels.clamp(min=1), new - x
+    return torch.where((space.levels > 0) & (step.abs() < bin), x + torch.copysign(bin, step), new)
+
 # %% ../../nbs/2_search/02_genetic.ipynb #ab02e0d8
 def survivors(
     parents: Tensor,  # their losses, shape `(N,)`
@@ -227,7 +239,7 @@ CROSSOVER = ("sbx", "blx", "arithmetic", "uniform")
 MUTATION = ("breeder", "polynomial", "gaussian")
 PLAIN = dict(selection="roulette", crossover="arithmetic", mutation="gaussian", mutation_rate=1.0, elite=0)
 
-# %% ../../nbs/2_search/02_genetic.ipynb #706983b8
+# %% ../../nbs/2_search/02_genetic.ipynb #24b75874
 class GeneticAlgorithm(Generational):
     "Evolve a population by selection, crossover and mutation (Holland, 1975), Eqs. (2.2.1) to (2.2.15)."
 
@@ -257,7 +269,6 @@ class GeneticAlgorithm(Generational):
         super().__init__(space, seed=seed, population=population)
         rate = 1 / self.space.dim if mutation_rate is None else mutation_rate
         self.mutation_rate = check_float("mutation_rate", rate, 0, 1)
-        self.discrete = bool((self.space.levels > 0).any())
         self.categories = not self.space.ordered.all()
 
     def init(self, generator):
@@ -269,7 +280,7 @@ class GeneticAlgorithm(Generational):
         if not len(state.y):
             return dict(x=self.space.uniform(self.population, generator))  # 1 initialise
         mothers, fathers = self.select(state.y, 2 * half, generator).view(2, half)  # 3 select
-        x = state.x.new_empty(2, half, d)
+        x = empty(2, half, d, dtype=state.x.dtype, device=state.x.device)
         for pairs in row_chunks(half, 2 * d, x.device):
             children = self.cross(state.x[mothers[pairs]], state.x[fathers[pairs]], generator)  # 4 cross
             for k in (0, 1): x[k, pairs] = self.mutate(children[k], generator)  # 5 mutate
@@ -303,9 +314,7 @@ class GeneticAlgorithm(Generational):
         if self.mutation == "breeder": new = breeder_mutation(x, self.octaves, s.width, generator)
         elif self.mutation == "polynomial": new = polynomial_mutation(x, self.eta_mutation, s.width, generator)
         else: new = gaussian_mutation(x, self.sigma * s.width, generator)
-        if self.discrete:
-            bin, step = s.width / s.levels.clamp(min=1), new - x
-            new = torch.where((s.levels > 0) & (step.abs() < bin), x + torch.copysign(bin, step), new)
+        new = at_least_a_bin(new, x, s)
         if self.categories:
             new = torch.where(s.ordered, new, uniform_reset(x, s.low, s.width, generator))
         if self.mutation_rate == 1: return new

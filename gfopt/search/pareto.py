@@ -6,7 +6,7 @@
 __all__ = ['dominates', 'total_excess', 'non_dominated_sort', 'crowding_distance', 'best_first', 'hypervolume', 'compromise',
            'zdt1', 'zdt2', 'zdt3', 'dtlz2', 'bnh', 'stay_between', 'NSGA2']
 
-# %% ../../nbs/2_search/11_pareto.ipynb #6264d2d7
+# %% ../../nbs/2_search/11_pareto.ipynb #1c330755
 import math
 from dataclasses import dataclass
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..optimizer import Generational, check_float, check_int
-from .genetic import polynomial_mutation, sbx_crossover
+from .genetic import at_least_a_bin, polynomial_mutation, sbx_crossover
 
 # %% ../../nbs/2_search/11_pareto.ipynb #1b81f17a
 def dominates(
@@ -266,7 +266,7 @@ class _Several(Generational):
         self.m, self._front, f = d["m"], _Front(), d["front"]
         if f["z"] is not None: self._front.add([tuple(t) for t in f["tickets"]], f["z"], f["y"])
 
-# %% ../../nbs/2_search/11_pareto.ipynb #05fecdc7
+# %% ../../nbs/2_search/11_pareto.ipynb #960d92ba
 class NSGA2(_Several):
     "Survival by rank and room, with constraints and any number of losses, Eqs. (2.11.1) to (2.11.8) (Deb and others, 2002)."
 
@@ -316,10 +316,8 @@ class NSGA2(_Several):
 
     def _mutate(self, x, generator):
         s = self.space
-        step = polynomial_mutation(x, self.eta_mutation, s.width, generator) - x
-        bin = s.width / s.levels.clamp(min=1)  # of a discrete coordinate; a shorter step would be rounded away
-        step = torch.where((s.levels > 0) & (step.abs() < bin), bin * step.sign(), step)
-        new = torch.where(s.ordered, stay_between(x + step, x, s, generator), s.uniform(len(x), generator))
+        new = at_least_a_bin(polynomial_mutation(x, self.eta_mutation, s.width, generator), x, s)
+        new = torch.where(s.ordered, stay_between(new, x, s, generator), s.uniform(len(x), generator))
         rate = 1 / s.dim if self.mutation_rate is None else self.mutation_rate
         return torch.where(self._uniform(x.shape, generator) < rate, new, x)
 
