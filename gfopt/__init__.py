@@ -22,6 +22,7 @@ _WHERE = {
     "gfopt.lm.zeroth_order": "ZerothOrder",
     "gfopt.lm.evolution": "LowRankES",
     "gfopt.lm.subspace": "subspace",
+    "gfopt.lm.probe": "probe",
     "gfopt.lm.tune": "tune",
     "gfopt.compress.search": "compress",
     "gfopt.compress.export": "load_compressed",

@@ -148,10 +148,16 @@ def test_odd_shapes(shape):
 
 
 @pytest.mark.parametrize("bad", [dict(seed=-1), dict(seed=2**64), dict(step=2**32), dict(step=-1), dict(pair=2**32), dict(pair=[0, -1]),
-                                 dict(tensor=2**32), dict(start=-1), dict(start=3, count=9), dict(seed=True)])
+                                 dict(tensor=2**32), dict(start=-1), dict(start=3, count=9), dict(seed=True), dict(seed=1.5), dict(pair=[0.5]), dict(step=2.0)])
 def test_bad_arguments_are_named(bad):
     with pytest.raises(ValueError, match=next(iter(bad))):
         signs(10, **{"seed": 0, **bad})
+
+
+def test_integers_of_numpy_and_torch_are_integers():
+    a = signs(10, seed=3, step=4, pair=5)
+    for kind in (np.int64, torch.tensor): assert torch.equal(a, signs(10, seed=kind(3), step=kind(4), pair=kind(5)))
+    assert torch.equal(signs(10, seed=3, pair=[1, 2]), signs(10, seed=3, pair=torch.tensor([1, 2])))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")

@@ -6,10 +6,14 @@ from torch import nn
 
 from gfopt.lm.model import Llama, config, generate
 from gfopt.lm.population import (
+    NOISES,
+    Dense,
+    LowRank,
     Population,
     PopulationError,
     expand,
     low_rank_noise,
+    low_rank_product,
     member_changes,
     member_weight,
 )
@@ -62,39 +66,6 @@ def test_sigma_zero_equals_plain_logits():
 def test_batch_length_that_equals_the_rows():
     ids = torch.randint(0, 64, (2, 8), generator=torch.Generator().manual_seed(1))
     assert_members(Llama(config("pico", 64), seed=0), ids, 4)
-
-
-HF = ["gpt2", "llama", "qwen2", "gemma2", "opt"]
-
-
-def hugging_face(kind):
-    tf = pytest.importorskip("transformers")
-    shape = dict(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2)
-    c = dict(gpt2=lambda: tf.GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=2),
-             llama=lambda: tf.LlamaConfig(**shape, intermediate_size=48, num_key_value_heads=2),
-             qwen2=lambda: tf.Qwen2Config(**shape, intermediate_size=48, num_key_value_heads=2),
-             gemma2=lambda: tf.Gemma2Config(**shape, intermediate_size=48, num_key_value_heads=2, head_dim=8),
-             opt=lambda: tf.OPTConfig(**shape, ffn_dim=48, word_embed_proj_dim=32),
-             mamba=lambda: tf.MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1, state_size=4))[kind]()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return tf.AutoModelForCausalLM.from_config(c)
-
-
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("kind", HF)
-def test_hugging_face_members(kind, masked):
-    batch = dict(input_ids=IDS)
-    if masked:
-        batch["attention_mask"] = torch.ones_like(IDS)
-        batch["attention_mask"][0, :3] = 0
-    assert_members(hugging_face(kind), batch, 4, lambda m, b: m(**b).logits[:, 4:])
-
-
-def test_hugging_face_without_a_rule_is_refused_by_name():
-    model = hugging_face("mamba")
-    with pytest.raises(PopulationError, match=r"mixer\.\w+"):
-        together_and_alone(model, dict(input_ids=IDS), 4, lambda m, b: m(**b).logits)
 
 
 def test_tied_weights_see_the_same_noise():
@@ -155,11 +126,227 @@ class Conv(nn.Module):
     def forward(self, ids): return self.conv(self.table(ids).mT)
 
 
-def test_an_operation_without_a_rule_names_the_parameter():
-    with pytest.raises(PopulationError, match=r"'conv\.weight'.*conv1d"):
-        together_and_alone(Conv(), IDS, 4, lambda m, b: m(b))
+def test_an_operation_without_a_thin_rule_goes_one_member_at_a_time():
+    assert_members(Conv(), IDS, 4)
     model = Conv()
+    assert_members(model, IDS, 4, parameters={"conv.bias": model.conv.bias}, sigma=0.3)
+
+
+class Plain(nn.Module):
+    "What a forward pass may do with weights w (5, 4), v (5, 4) and b (5,) and rows x (B, T, 4)."
+    def __init__(self, call):
+        super().__init__()
+        g = torch.Generator().manual_seed(0)
+        self.w, self.v, self.b = (nn.Parameter(torch.randn(*s, generator=g)) for s in ((5, 4), (5, 4), (5,)))
+        self.call = call
+    def forward(self, x): return self.call(self.w, self.v, self.b, x)
+
+
+UNTHIN = dict(
+    exp=lambda w, v, b, x: x[:, :, None] * w.exp(), merged=lambda w, v, b, x: F.linear(x, w + 0.5 * v, b), scaled=lambda w, v, b, x: F.linear(x, 2 * w / w.norm(dim=1, keepdim=True), b),
+    split=lambda w, v, b, x: sum(F.linear(x, part) * i for i, part in enumerate(w.split([2, 2, 1])[:2], 1)), stacked=lambda w, v, b, x: x @ torch.cat([w, v]).t(), row=lambda w, v, b, x: x @ w[2] + b[0],
+    left=lambda w, v, b, x: (w @ x.mT).mT + b, einsum=lambda w, v, b, x: torch.einsum("btn,mn->btm", x, w), product=lambda w, v, b, x: x @ (w.t() @ v),
+    table=lambda w, v, b, x: x + F.linear(torch.eye(x.shape[1], 4), w.t() @ v), data=lambda w, v, b, x: F.linear(x, w.data) + b.detach(), batched=lambda w, v, b, x: torch.bmm(x, w.t().expand(len(x), 4, 5)),
+    rank2bias=lambda w, v, b, x: F.linear(x, w) + v.sum(1), addmm=lambda w, v, b, x: torch.addmm(b, x.flatten(0, 1), w.t(), alpha=0.5).view(*x.shape[:2], 5),
+    inplace=lambda w, v, b, x: F.linear(x, w).mul_(b).add_(b), iadd=lambda w, v, b, x: _iadd(F.linear(x, w), b), conv=lambda w, v, b, x: F.conv1d(x.mT, w[:, :, None], b).mT,
+    keywords=lambda w, v, b, x: F.linear(input=F.softmax(input=x, dim=-1), weight=w, bias=b), functional=lambda w, v, b, x: F.multilabel_soft_margin_loss(F.linear(x, w, b).flatten(1), torch.ones(len(x), 5 * x.shape[1]), reduction="none"), where=lambda w, v, b, x: torch.where(x[..., :1] > 0, b, F.linear(x, w)))
+
+
+def _iadd(y, b):
+    y += b
+    y *= 2 * b
+    return y
+
+
+@pytest.mark.parametrize("name", list(UNTHIN))
+@pytest.mark.parametrize("T", [2, 8, 12])  # 12 rows: T may be P * B
+def test_every_other_form_of_an_operation(name, T):
+    x = torch.randn(3, T, 4, generator=torch.Generator().manual_seed(1))
+    assert_members(Plain(UNTHIN[name]), x, 4, sigma=0.3, rank=2)
+
+
+def test_a_dense_change_is_made_for_one_member_at_a_time():
+    model = Llama(config("pico", 64), seed=0).eval()
+    weights, alive = dict(model.named_parameters()), [0, 0]
+
+    def dense(name, w):
+        def weight(p):
+            alive[0] += 1
+            return w.detach() + 0.05 * NOISES["rademacher"](w.shape, seed=0, step=0, pair=p, tensor=name)
+        return Dense(weight)
+    changes = {n: dense(n, w) for n, w in weights.items()}
+    with torch.no_grad(), Population(weights, changes, 4) as population:
+        out = model(population.expand(IDS)).view(4, 2, 9, -1)
+    assert alive[0] == 4 * (1 + len(weights))  # each weight once for each member; the tied one twice
+    for p in range(4):
+        twin = Llama(config("pico", 64), seed=0).eval()
+        with torch.no_grad():
+            for n, w in twin.named_parameters():
+                w.copy_(member_weight(weights[n], changes[n], p))
+            torch.testing.assert_close(out[p], twin(IDS), atol=1e-5, rtol=1e-5)
+
+
+def test_factors_of_pairs_and_of_members_are_the_same_change():
+    A, B = torch.randn(3, 5, 2, generator=torch.Generator().manual_seed(0)), torch.randn(3, 4, 2, generator=torch.Generator().manual_seed(1))
+    pairs, each = LowRank(A, B, antithetic=True), LowRank(torch.stack([A, -A], 1).flatten(0, 1), B.repeat_interleave(2, 0))
+    w, x = torch.randn(5, 4, generator=torch.Generator().manual_seed(2)), torch.randn(6, 7, 4, generator=torch.Generator().manual_seed(3))
+    for p in range(6):
+        assert torch.equal(member_weight(w, pairs, p), member_weight(w, each, p))
+    for bias in (None, torch.ones(5), torch.randn(6, 1, 5, generator=torch.Generator().manual_seed(4))):
+        torch.testing.assert_close(low_rank_product(x, w.t(), pairs, bias), low_rank_product(x, w.t(), each, bias))
+        want = torch.stack([x[p] @ member_weight(w, each, p).t() for p in range(6)]) + (0 if bias is None else bias)
+        torch.testing.assert_close(low_rank_product(x, w.t(), pairs, bias), want, atol=1e-5, rtol=1e-5)
+
+
+def test_all_parameters_drawn_together_are_the_parameters_drawn_alone():
+    w = {"a": torch.zeros(40, 30), "b": torch.zeros(7), "c": torch.zeros(3, 2, 5), "d": torch.zeros(200, 3, dtype=torch.float64), "e": torch.zeros(1, 1)}
+    for noise in ("rademacher", "normal"):
+        changes = changes_of(w, 6, rank=2, noise=noise, sigma=1.0)
+        where = dict(seed=3, step=2, noise=noise)
+        for n in "acde":
+            A, B = low_rank_noise(w[n].shape, rank=2, pairs=range(3), tensor=n, dtype=w[n].dtype, **where)
+            torch.testing.assert_close(changes[n].A, A / 2**0.5, rtol=1e-6, atol=0)
+            assert torch.equal(changes[n].B, B)
+        alone = NOISES[noise](7, seed=3, step=2, pair=[0, 1, 2], tensor="b")
+        assert torch.equal(changes["b"], torch.stack([alone, -alone], 1).flatten(0, 1))
+
+
+def test_same_shape_tensors_get_different_noise():
+    n = 256
+    w = {f"layers.{i}.weight": torch.zeros(n, n) for i in range(6)}
+    changes = changes_of(w, 2, sigma=1.0)
+    z = torch.stack([torch.cat([c.A[0, :, 0], c.B[0, :, 0]]) for c in changes.values()])
+    corr = torch.corrcoef(z) - torch.eye(6)
+    assert corr.abs().max() < 4 / (2 * n) ** 0.5
+
+
+class Experts(nn.Module):
+    "Rows are sent to one of two experts by what they are."
+    def __init__(self):
+        super().__init__()
+        self.table, self.experts = nn.Embedding(64, 8), nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
+        with torch.no_grad():
+            for i, p in enumerate(self.parameters()):
+                p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(i)))
+    def forward(self, ids):
+        x = self.table(ids).flatten(0, 1)
+        out = torch.zeros_like(x)
+        for e, expert in enumerate(self.experts):
+            at = torch.where((x.sum(1) > 0) == bool(e))[0]
+            out[at] = expert(x[at])
+        return out.view(*ids.shape, 8)
+
+
+def test_rows_picked_by_an_index_are_refused_by_name():
+    model = Experts()
+    with pytest.raises(PopulationError, match=r"'experts\.0\.weight' met activations of shape .*exclude=.*fallback='sequential'"):
+        together_and_alone(model, IDS, 4, lambda m, b: m(b))
     assert_members(model, IDS, 4, parameters={"table.weight": model.table.weight})
+
+
+class Sorted(nn.Module):
+    "All rows, or as many as there are rows, but in an order that depends on what they are."
+    def __init__(self, flat):
+        super().__init__()
+        self.table, self.layer, self.flat = nn.Embedding(64, 8), nn.Linear(8, 8), flat
+    def forward(self, ids):
+        x = self.table(ids).flatten(0, 1) if self.flat else self.table(ids)[:, 0]
+        order = x.sum(1).argsort()
+        return torch.zeros_like(x).index_copy(0, order, self.layer(x[order])).view(len(ids), -1, 8)
+
+
+def test_rows_in_another_order_are_refused_or_unsure():
+    model = Sorted(flat=True)
+    with pytest.raises(PopulationError, match=r"'layer\.weight' met activations of shape \(72, 8\)"):
+        together_and_alone(model, IDS, 4, lambda m, b: m(b))  # 4 x 2 x 9 rows, but not where they were
+    assert_members(model, IDS, 4, parameters={"table.weight": model.table.weight})
+    model = Sorted(flat=False)
+    parameters = dict(model.named_parameters())
+    with torch.no_grad(), Population(parameters, changes_of(parameters, 4), 4) as population:
+        model(population.expand(IDS))
+    assert ("torch.Tensor.__getitem__", "(8, 8)") in population.unsure
+
+
+@pytest.mark.parametrize(("call", "message"), [
+    (lambda w, x: x * w.max().item(), "Tensor.item"), (lambda w, x: x if w.sum() > 0 else -x, "__bool__"), (lambda w, x: x + torch.tensor(w.tolist()), "tolist"),
+    (lambda w, x: w.add_(1) + x, "changes it in place"), (lambda w, x: torch.zeros(4).add_(w) + x, "all members share in place"),
+    (lambda w, x: (x * w).sum(0), None), (lambda w, x: torch.einsum("bn,n->n", x, w.exp()), "result has no rows"), (lambda w, x: F.bilinear(x[:, :3], x, w.view(1, 2, 2)), "does not work one member at a time")])
+def test_what_cannot_be_followed_names_the_parameter(call, message):
+    class M(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.ones(4))
+        def forward(self, x): return call(self.w, x)
+    parameters = dict((model := M()).named_parameters())
+    with torch.no_grad(), Population(parameters, changes_of(parameters, 4), 4) as population:
+        x = population.expand(torch.ones(3, 4))
+        if message is None:
+            return model(x)  # after the parameter the model may do what it likes
+        with pytest.raises(PopulationError, match=f"'w' met .*{message}"):
+            model(x)
+
+
+def test_what_never_met_rows_is_nan():
+    w = {"w": torch.ones(4)}
+    with torch.no_grad(), Population(w, changes_of(w, 4), 4) as population:
+        population.expand(torch.ones(3, 4))
+        out = w["w"].exp().sum()
+    assert out.isnan()
+
+
+def test_marks_of_one_population_mean_nothing_to_the_next():
+    w = {"w": torch.ones(8, 8)}
+    with torch.no_grad(), Population(w, changes_of(w, 4), 4) as population:
+        x = population.expand(torch.ones(2, 3, 8))
+    with torch.no_grad(), Population(w, changes_of(w, 2), 2) as population:
+        population.expand(torch.ones(5, 8))
+        y = x @ w["w"] + torch.zeros(10, 3, 8)[:8]
+    assert y.isnan().all()  # shared by everybody as far as the second population can know, and never met its rows
+
+
+def test_saved_results_load_without_our_classes(tmp_path):
+    model = Llama(config("pico", 64), seed=0)
+    parameters = dict(model.named_parameters())
+    with torch.no_grad(), Population(parameters, changes_of(parameters, 4), 4) as population:
+        out = model(population.expand(IDS))
+    torch.save(out, tmp_path / "logits.pt")
+    assert torch.equal(torch.load(tmp_path / "logits.pt", weights_only=True), out)
+
+
+def test_parameters_are_left_alone():
+    model = Llama(config("pico", 64), seed=0)
+    parameters = dict(model.named_parameters())
+    before = {n: (w.detach().clone(), w.data_ptr(), dict(w.__dict__)) for n, w in parameters.items()}
+    with torch.no_grad(), Population(parameters, changes_of(parameters, 4), 4) as population:
+        model(population.expand(IDS))
+    assert all(torch.equal(w, before[n][0]) and w.data_ptr() == before[n][1] and w.__dict__ == before[n][2] for n, w in parameters.items())
+
+
+def peak_bytes(f):
+    "The most that torch's allocator held at once while f ran, beyond what it held before."
+    from torch.profiler import ProfilerActivity, profile
+    f()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as p:
+        f()
+    events = sorted((e for e in p.profiler.kineto_results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns())
+    return int(torch.tensor([e.nbytes() for e in events]).cumsum(0).max())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rank", [1, 4])
+def test_peak_memory_is_that_of_inference(rank):
+    model, P = Llama(config("nano", 257), seed=0).eval(), 16
+    parameters, ids = dict(model.named_parameters()), torch.arange(64)[None]
+    changes = changes_of(parameters, P, rank=rank)
+
+    def inside():
+        with Population(parameters, changes, P) as population:
+            model(population.expand(ids))
+    noise = sum(t.numel() * t.element_size() for c in changes.values() for t in ((c.A, c.B) if isinstance(c, LowRank) else (c,)))
+    weights = sum(w.numel() * w.element_size() for w in parameters.values())
+    plain = peak_bytes(lambda: model(ids.repeat(P, 1)))
+    assert peak_bytes(inside) <= 1.02 * plain  # the forward pass itself: no copy of a weight, no second copy of activations
+    assert noise <= 0.12 * rank * weights
 
 
 class Positions(nn.Module):
@@ -175,10 +362,26 @@ def test_positions_shared_by_all_rows():
         assert_members(Positions((1, -1)), torch.arange(2 * T).view(2, T), 4)
 
 
-@pytest.mark.parametrize("T", [4, 8, 16])  # divisible by P, equal to P * B, a multiple of it
-def test_rows_hidden_by_broadcasting_are_refused(T):
-    with pytest.raises(PopulationError, match=r"'pos\.weight'"):
-        together_and_alone(Positions((-1,)), torch.arange(2 * T).view(2, T), 4, lambda m, b: m(b))
+@pytest.mark.parametrize("T", [4, 8, 16, 9])  # divisible by P, equal to P * B, a multiple of it
+@pytest.mark.parametrize("shape", [(-1,), (1, -1)])
+def test_rows_hidden_by_broadcasting_are_right(shape, T):
+    assert_members(Positions(shape), torch.arange(2 * T).view(2, T), 4)
+
+
+class Distances(nn.Module):
+    "A table of distances (T, T) added to scores, as in T5: with T = P * B it looks like rows."
+    def __init__(self):
+        super().__init__()
+        self.table, self.bias = nn.Embedding(64, 8), nn.Embedding(33, 2)
+    def forward(self, ids):
+        x, t = self.table(ids).view(*ids.shape, 2, 4).transpose(1, 2), torch.arange(ids.shape[1])
+        bias = self.bias((t[:, None] - t).clamp(-16, 16) + 16).permute(2, 0, 1).unsqueeze(0)
+        return ((x @ x.mT + bias).softmax(-1) @ x).transpose(1, 2).flatten(2)
+
+
+@pytest.mark.parametrize("T", [4, 8, 16, 9])
+def test_a_table_of_distances_is_shared(T):
+    assert_members(Distances(), torch.arange(2 * T).view(2, T), 4, sigma=0.3)
 
 
 def test_a_parameter_without_rows_is_refused():
@@ -188,11 +391,13 @@ def test_a_parameter_without_rows_is_refused():
         with pytest.raises(PopulationError, match="before expand"):
             model(torch.ones(8, 4))
         population.expand(torch.ones(2, 4))
+        nobodys = model(torch.ones(6, 4))
         with pytest.raises(PopulationError, match=r"'weight' met activations of shape \(6, 4\)"):
-            model(torch.ones(6, 4))
-        with pytest.raises(PopulationError, match="sum"):
-            model.weight.sum()
+            model(population.expand(torch.ones(2, 4))[:6])
+        with pytest.raises(PopulationError, match="item"):
+            model.weight.sum().item()
         assert model.weight.shape == (4, 4) and model.weight.dtype == torch.float32
+    assert nobodys.isnan().all()
 
 
 @torch.no_grad()
