@@ -22,6 +22,7 @@ _WHERE = {
     "gfopt.lm.zeroth_order": "ZerothOrder",
     "gfopt.lm.evolution": "LowRankES",
     "gfopt.lm.subspace": "subspace",
+    "gfopt.lm.prompts": "soft_prompt prompt_space",
     "gfopt.lm.probe": "probe",
     "gfopt.lm.tune": "tune",
     "gfopt.compress.search": "compress",

@@ -1,4 +1,6 @@
 "A population in one batch: every member's rows meet that member's weights, or the parameter is named."
+import gc
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -428,3 +430,23 @@ def test_expand_repeats_member_by_member():
         expand(dict(input_ids=torch.zeros(2, 4), labels=torch.zeros(3, 4)), 2)
     with pytest.raises(TypeError, match="batch"):
         expand("text", 2)
+
+
+def test_nothing_is_left_to_the_garbage_collector():
+    # a reference cycle would keep a whole forward's activations alive until Python looks for one
+    model = nn.Sequential(nn.Embedding(8, 4), nn.Linear(4, 8))
+    weight, W = model[1].weight, model[1].weight.detach().clone()
+    changes = {"1.weight": Dense(lambda p: W + p)}
+
+    def forward():
+        with torch.no_grad(), Population({"1.weight": weight}, changes, 2) as population:
+            model(population.expand(IDS % 8))
+
+    forward()
+    gc.collect()
+    gc.disable()
+    try:
+        forward()
+        assert gc.collect() == 0
+    finally:
+        gc.enable()

@@ -220,6 +220,19 @@ def test_a_learning_rate_for_every_seed():
     assert all(near(v, 1, 3) for v in found) and near(float(np.median(found)), 1, 1.2)
 
 
+@pytest.mark.parametrize("settings", [dict(momentum=0.9), dict(optimizer="adam")])
+def test_steps_are_measured_from_moments_at_rest(settings):  # not one from those that the trial before it has left
+    H, deltas = bowl(40), []
+    for known in (False, True):
+        w = parameter(torch.ones(40))
+        opt = ZerothOrder([("w", w)], lr=1e-3, **settings)
+        if known: opt.state[w].update(dict(momentum=torch.zeros_like(w)) if "momentum" in settings else dict(moves=0, exp_avg=torch.zeros_like(w), exp_avg_sq=torch.zeros_like(w)))
+        r = probe(opt, lambda: w @ H @ w / 2, directions=8)
+        deltas.append((r.lr_best, r.trials))
+        assert not any(v.any() for s in opt.state.values() for v in s.values() if isinstance(v, torch.Tensor)) and len(opt.state) == known
+    assert deltas[0] == deltas[1]
+
+
 @pytest.mark.parametrize("q", [1, 4])
 def test_more_directions_take_longer_steps(q):
     H, w = bowl(400), parameter(normals(400, seed=3))

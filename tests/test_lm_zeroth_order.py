@@ -647,6 +647,16 @@ def test_masks_are_asked_for_once_and_come_back_with_the_state():
     assert same(weights(model), weights(twin))
 
 
+def test_empty_parameters_are_left_alone():
+    model = nn.ParameterDict(dict(a=torch.ones(3), empty=torch.zeros(0, 4)))
+    for settings in (dict(mask=smallest(0.5)), dict(optimizer="adam"), dict(rank=1)):
+        opt = ZerothOrder(model, lr=0.1, **settings)
+        opt.step(lambda: model["a"].square().sum())
+        opt.load_state_dict(opt.state_dict())
+        opt.step(lambda: model["a"].square().sum())
+        assert opt.steps == 2
+
+
 def test_masks_of_another_shape_are_refused():
     with pytest.raises(ValueError, match="'embed.weight'"): ZerothOrder(Tiny(), lr=0.1, mask=lambda n, p: torch.ones(3, dtype=torch.bool))
 

@@ -385,3 +385,18 @@ def test_the_default_population_is_even_and_grows_with_the_dimension(M):
 def test_a_bad_setting_is_refused_by_name(make, name):
     with pytest.raises(ValueError, match=name):
         make(Box(-1, 1, 2))
+
+
+def test_xnes_goes_on_where_the_fast_svd_does_not_converge(monkeypatch):
+    # seen in 577 dimensions on a finite, well-conditioned matrix of nearly equal axes
+    opt = XNES(Box(-5, 5, 6), seed=3)
+    A = torch.diag(torch.linspace(1.0, 1.1, 6, dtype=torch.float64)).rot90()
+    sigma, B = opt.split(A)
+
+    def gives_up(A):
+        raise torch.linalg.LinAlgError("failed to converge")
+
+    monkeypatch.setattr(torch.linalg, "svd", gives_up)
+    other_sigma, other_B = opt.split(A)
+    assert torch.allclose(sigma, other_sigma, rtol=1e-12) and torch.allclose(B, other_B, atol=1e-12)
+    assert torch.allclose(other_sigma * other_B, A, atol=1e-12)

@@ -29,7 +29,7 @@ def signs_of(
     "Unpacks eight signs from each byte by a table."
     _BYTES[out.itemsize].take(bits, 0, out, "clip")  # "raise" would buffer
 
-# %% ../../nbs/4_lm/11_directions.ipynb #e7ad9f5f
+# %% ../../nbs/4_lm/11_directions.ipynb #d7ffd1cd
 class Layout:
     "Where in Eq. (4.4.2) the noise of several tensors lives: one call of Philox serves them all."
 
@@ -43,7 +43,8 @@ class Layout:
         self.ids = np.repeat([tensor_id(n) for n in names], blocks)
         self.blocks = np.concatenate([np.arange(n) for n in blocks])
 
-    def words(self, per, pair, step, seed, device):  # `per` elements of a tensor share one call of Philox
+    def words(self, per, pair, step, seed, device):
+        "`(calls, 4)` words of Eq. (4.4.2) for all tensors; `per` elements of a tensor share one call of Philox."
         k = 128 // per
         return words((self.blocks[:, None] * k + np.arange(k)).ravel(), self.ids.repeat(k), pair, step, seed=seed, device=device)
 

@@ -220,14 +220,14 @@ def _round(x, block, tensor, step, k0, k1, DTYPE: constexpr, BLOCK: constexpr):
         up = bits.to(tl.float32) * (gap * 2**-16) < tl.abs(rest)
         return tl.where(up & (rest != 0) & (tl.abs(value) < float("inf")), other, near)
 
-# %% ../../nbs/4_lm/14_kernels.ipynb #cc2c02bf
+# %% ../../nbs/4_lm/14_kernels.ipynb #3247da10
 class FusedNoise:
     "Noise added to a list of parameters, or taken from them, where it is made: one launch for all, nothing written but the weights."
 
     def __init__(self,
         params,  # float32, bfloat16 or float16, contiguous; one device and one dtype
         names,  # their names, or their `tensor_id`s
-        out=None,  # the perturbed copies, shaped like `params`; their dtype may be another one
+        out=None,  # the perturbed copies, shaped like `params`; their dtype may be another one. An attribute: to be set, or let go, at any time
         *, block: int = 4096,  # elements per program
     ):
         self.params, self.out, self.block = list(params), None if out is None else list(out), block

@@ -9,6 +9,7 @@ __all__ = ['NOISES', 'SHARED', 'SCATTERED', 'ROWS', 'low_rank_noise', 'LowRank',
 # %% ../../nbs/4_lm/06_population.ipynb #3e1418d9
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import count, groupby
 import numpy as np
 import torch
@@ -353,14 +354,7 @@ def _one_by_one(pop, name, func, args, kwargs):
     led = {id(t): t.unflatten(0, (pop.members, -1)) for t in tensors if id(t) not in changed and pop.led(t, name)}
     depth = max((led[id(t)].dim() - 1 for t in tensors if id(t) in led), default=0) if func in _ALIGNED else -1
 
-    def of(a, p):  # an argument as member p has it
-        if isinstance(a, (tuple, list)): return type(a)(of(b, p) for b in a)
-        if isinstance(a, dict): return {k: of(b, p) for k, b in a.items()}
-        if id(a) in led: return led[id(a)][p]
-        if id(a) in changed: a = member_weight(*changed[id(a)], p)
-        if isinstance(a, Tensor) and a.dim() == depth and a.shape[0] == pop.members * pop.rows: return a[p * pop.rows:(p + 1) * pop.rows]  # meets rows, so has rows
-        return a
-
+    of = partial(_of, pop, led, changed, depth)
     inplace = called.endswith(_INPLACE) or called.endswith("_") and not called.endswith("__")
     if inplace and id(args[0]) not in led: raise PopulationError(f"parameter {name!r} met {called}, which changes {'it' if id(args[0]) in changed else 'what all members share'} in place")
     if not led: return _derived(pop, name, func, args, kwargs, of)
@@ -371,6 +365,14 @@ def _one_by_one(pop, name, func, args, kwargs):
     if not all(isinstance(t, Tensor) and t.dim() and any(t.shape[0] == x.shape[1] for x in led.values()) for t in parts):
         raise PopulationError(f"parameter {name!r} met {called}, whose result has no rows; leave it out with exclude=, or use fallback='sequential'")
     return pop.by_member(torch.cat(parts))
+
+def _of(pop, led, changed, depth, a, p):  # an argument as member p has it; a closure that calls itself would keep activations alive
+    if isinstance(a, (tuple, list)): return type(a)(_of(pop, led, changed, depth, b, p) for b in a)
+    if isinstance(a, dict): return {k: _of(pop, led, changed, depth, b, p) for k, b in a.items()}
+    if id(a) in led: return led[id(a)][p]
+    if id(a) in changed: a = member_weight(*changed[id(a)], p)
+    if isinstance(a, Tensor) and a.dim() == depth and a.shape[0] == pop.members * pop.rows: return a[p * pop.rows:(p + 1) * pop.rows]  # meets rows, so has rows
+    return a
 
 def _derived(pop, name, func, args, kwargs, of):  # a function of parameters and of what all rows share
     out = func(*args, **kwargs)

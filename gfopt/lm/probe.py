@@ -166,7 +166,7 @@ class _Walk:
                 with self.opt.member(p) if self.es else self.opt.perturbed(p // 2, 1 - p % 2 * 2): parts.append(self.call(batch))
         return torch.cat(parts).view(-1, 2)
 
-# %% ../../nbs/4_lm/12_probe.ipynb #2d863f7e
+# %% ../../nbs/4_lm/12_probe.ipynb #74e6e968
 def _real_steps(walk, lr, steps=1):
     "What the coming steps, each from the present weights, do to them: changes, share of weights changed, seconds and forwards per step."
     opt, out, moved, before, seconds = walk.opt, [], 0.0, walk.forwards, 0.0
@@ -178,6 +178,7 @@ def _real_steps(walk, lr, steps=1):
         set_rng_states(walk.starts[0][1])
         setattr(opt, *(("sequential", walk.alone) if walk.es else ("batched", opt.batched and not walk.refused)))
         opt.step(counted)
+    state = {p: dict(s) for p, s in opt.state.items()}
     with _untouched(opt, steps=True) as pairs, _scaled(opt, "lr", lr):
         for _ in range(steps):
             clock = time.perf_counter()
@@ -190,6 +191,7 @@ def _real_steps(walk, lr, steps=1):
             moved += sum(int((w != c).sum()) for w, c in weights) / sum(c.numel() for _, c in weights) / steps
             out.append([w.double() - c if w.dtype == torch.float64 else w.float() - c.float() for w, c in weights])
             for w, c in pairs: w.copy_(c)
+            opt.state.clear(), opt.state.update({p: dict(s) for p, s in state.items()})  # new moments begin at zero again
     return out, moved, seconds, (walk.forwards - before) / steps
 
 def _mean_size(deltas): return float(sum(d.abs().sum(dtype=torch.float64) for d in deltas)) / sum(d.numel() for d in deltas)

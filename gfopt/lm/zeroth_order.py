@@ -148,11 +148,11 @@ def _call(closure, members=None):  # of a population; None: one loss is expected
         raise ValueError(f"the closure returned a tensor of shape {tuple(loss.shape)}; it must return a loss for each of {members} members, or for each of their rows")
     return loss
 
-# %% ../../nbs/4_lm/05_zeroth_order.ipynb #79fa1100
+# %% ../../nbs/4_lm/05_zeroth_order.ipynb #93935361
 class ZerothOrder(torch.optim.Optimizer):
     """SPSA and MeZO as a torch optimiser, Eq. (4.5.7) (Spall, 1992; Malladi et al., 2023); one-sided and normalised, Eq. (4.5.9) (FZOO, Dang et al., 2025).
 
-    Memory beside the weights: a copy of them while a loss is measured (one matrix at a time with `batched=1`), signs at one bit per weight (normals at 4 bytes, for at most 16 million of them); momentum adds 4 bytes per weight, Adam 8, a mask 1,
+    Memory beside the weights: a copy of them while a loss is measured (one matrix at a time with `batched=1`), signs at one bit per weight and direction, 64 MB of them at most (normals at 4 bytes, for at most 16 million of them); momentum adds 4 bytes per weight, Adam 8, a mask 1,
     masters of 16-bit weights 4. Updates of bfloat16 and float16 weights without masters are rounded stochastically, Eq. (4.5.6).
     Schedulers act on `lr`; `OneCycleLR` needs `cycle_momentum=False`. Gradients do not exist: clipping and GradScaler are unsupported."""
 
@@ -204,7 +204,7 @@ class ZerothOrder(torch.optim.Optimizer):
         for name, p in named:
             if p.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
                 raise TypeError(f"parameter {name!r} is {p.dtype}; allowed are float64, float32, bfloat16 and float16")
-            if self._mask is not None: self.masks[name] = as_mask(name, p, self._mask(name, p))
+            if self._mask is not None and p.numel(): self.masks[name] = as_mask(name, p, self._mask(name, p))
         super().add_param_group({**group, "params": named})
         self._chunks = None
 
@@ -225,7 +225,10 @@ class ZerothOrder(torch.optim.Optimizer):
     def _plain(self): return not self.momentum and self.optimizer == "sgd"
 
     @contextmanager
-    def perturbed(self, pair: int = 0, sign: float = 1.0):
+    def perturbed(self,
+        pair: int = 0,  # the direction $j$
+        sign: float = 1.0,  # which end: 1 or -1; 0 changes nothing
+    ):
         "The parameters at one end of a direction of the coming step; afterwards the untouched originals are back."
         chunks = self.chunks() if sign else []
         before = [(p, p.data) for c in chunks for p in c.params]
@@ -238,8 +241,10 @@ class ZerothOrder(torch.optim.Optimizer):
             if self.batched: [c.release() for c in chunks]  # only made to compare with
 
     @contextmanager
-    def population(self, members: list[tuple[int, int]]):
-        "Inside, the rows of a batch that went through `expand` belong to members, each a direction and a sign, Eq. (4.6.2)."
+    def population(self,
+        members: list[tuple[int, int]],  # direction and sign of each; sign 0 is the model itself
+    ):
+        "Inside, the rows of a batch that went through `expand` belong to the members, Eq. (4.6.2)."
         changes = {n: v for c in self.chunks() for n, v in self.noise.changes(c, self.steps, members).items()}
         try:
             with torch.no_grad(), Population({n: p for c in self.chunks() for n, p in zip(c.names, c.params)}, changes, len(members)) as self._population: yield
@@ -250,7 +255,10 @@ class ZerothOrder(torch.optim.Optimizer):
         return batch if self._population is None else self._population.expand(batch)
 
     @torch.no_grad()
-    def measure(self, closure, pairs=None):
+    def measure(self,
+        closure,  # as for `step`
+        pairs=None,  # which directions, for one of several workers; None: all $q$
+    ):  # the loss, and a list of $\delta_j$; nan and nothing where there are no directions
         "The mean loss and the differences of Eq. (4.5.7) or (4.5.9) for the coming step; moves nothing."
         pairs = range(self.directions) if pairs is None else pairs
         members = [(j, s) for j in pairs for s in (1, -1)] if self.sides == 2 else [(0, 0), *((j, 1) for j in pairs)]
@@ -295,7 +303,9 @@ class ZerothOrder(torch.optim.Optimizer):
                                   "or the closure does not return the same for the same batch; batched=False goes one by one")
 
     @torch.no_grad()
-    def update(self, differences):
+    def update(self,
+        differences,  # $\delta_j$, $q$ numbers in the order of the directions; one that is not finite takes its direction out
+    ):
         "Moves the weights by differences, measured just now or recorded long ago, and counts the step."
         self.differences = [float(d) for d in differences]
         if len(self.differences) != self.directions: raise ValueError(f"differences must be {self.directions}, one for each direction, got {len(self.differences)}")
@@ -335,8 +345,10 @@ class ZerothOrder(torch.optim.Optimizer):
                 subtract(w, z, c if plain else lr, decay, mask, b)
         if chunk.masters: torch._foreach_copy_([p.data for p in chunk.params], chunk.masters)
 
-    def step(self, closure=None):
-        "Measures and updates; `closure() -> scalar loss` runs under no_grad, twice per direction or once more than there are. Returns the mean of both sides, or the loss of the weights themselves."
+    def step(self,
+        closure=None,  # () -> scalar loss; with `batched` a loss for each member or row. Runs under no_grad
+    ):  # the mean loss of both sides, or that of the weights themselves with `sides=1`
+        "Measures and updates: twice as many evaluations as directions, or one more than there are with `sides=1`. With `batched` the first step evaluates its first and last member once more, alone, and compares."
         if closure is None: raise TypeError("step needs a closure that returns the loss: opt.step(lambda: loss_of(model(batch)))")
         loss, differences = self.measure(closure)
         self.update(differences)
@@ -346,10 +358,12 @@ class ZerothOrder(torch.optim.Optimizer):
         "Does nothing: there are no gradients."
 
     def state_dict(self):
+        "Plain numbers and tensors, readable by `torch.load(weights_only=True)`."
         own = {k: getattr(self, k) for k in _OWN}
         return {**super().state_dict(), "zeroth_order": {**own, "noise_version": NOISE_VERSION}}
 
     def load_state_dict(self, d):
+        "Continues where `state_dict` was taken, with its settings; ValueError for the state of another optimiser or noise version."
         own = d.get("zeroth_order")
         if own is None: raise ValueError(f"the state is not one of ZerothOrder: it has {', '.join(d)} and no 'zeroth_order'")
         if own["noise_version"] != NOISE_VERSION:

@@ -10,6 +10,7 @@ __all__ = ['score_gradient', 'mirrored', 'cloud', 'centred_ranks', 'adam', 'clip
 import math
 from dataclasses import dataclass, replace
 
+import scipy.linalg
 import torch
 from torch import Tensor
 
@@ -252,7 +253,9 @@ class XNES(_Strategy):
 
     def split(self, A):
         "Size and shape, A = sigma B with |det B| = 1; no axis below 1e-10 of the longest."
-        U, axes, V = torch.linalg.svd(A)
+        try: U, axes, V = torch.linalg.svd(A)
+        except torch.linalg.LinAlgError:  # LAPACK's fast driver gives up on some matrices of nearly equal axes
+            U, axes, V = (torch.from_numpy(t).to(A) for t in scipy.linalg.svd(A.cpu().numpy(), lapack_driver="gesvd"))
         axes = axes.clamp(min=float(axes[0]) * 1e-10)
         sigma = axes.log().mean().exp()
         return sigma, U * (axes / sigma) @ V
