@@ -10,7 +10,7 @@ export PYTHONHASHSEED := 0
 export PYTHON
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lab docs check bench sync clean env-demo env-dev env-bench
+.PHONY: help demo test lab docs check faults bench sync clean env-demo env-dev env-bench
 
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1|\2/p' Makefile | awk -F'|' '{printf "%-14s %s\n", $$1, $$2}'
@@ -31,9 +31,12 @@ docs: env-dev  ## the site, in docs/_build/html
 	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
 	@echo "open docs/_build/html/index.html"
 
-check: env-dev  ## drift between notebooks, package and README; lint; types
-	@bad=0; for step in "python docs/tools.py check" "ruff check" mypy; do \
+check: env-dev  ## drift between notebooks, package and README; the book's rules; lint; types
+	@bad=0; for step in "python docs/tools.py check" "python docs/tools.py survey" "ruff check" mypy; do \
 	  echo "$$step"; $(BIN)/$$step || bad=1; done; exit $$bad
+
+faults: env-dev  ## plant every known fault in a copy; the tests must find each (ARGS="search" for one area)
+	$(BIN)/python docs/tools.py faults $(ARGS)
 
 sync: env-dev  ## after editing notebooks: clean, export, run and store, README (NB="a.ipynb ..." for some)
 	$(BIN)/nbdev_clean

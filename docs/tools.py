@@ -3,6 +3,8 @@
     python docs/tools.py run [NB ...] [--flags slow gpu] [-j 2]   execute in place, store outputs
     python docs/tools.py readme                                   nbs/index.ipynb -> README.md
     python docs/tools.py check                                    list what does not agree
+    python docs/tools.py survey                                   a table of the book, and its broken rules
+    python docs/tools.py faults [AREA ...]                        plant each known fault; the tests must see it
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from nbtools import check, readme, run
+from nbtools import check, faults, readme, run, survey
 from nbtools.notebooks import FLAGS
 
 
@@ -26,12 +28,25 @@ def main() -> int:
     running.add_argument("-j", "--jobs", type=int, default=2)
     commands.add_parser("readme", help="write README.md from nbs/index.ipynb")
     commands.add_parser("check", help="list what does not agree; exit code 1 if anything")
+    commands.add_parser("survey", help="seconds, words, figures, tests and equations of each notebook")
+    planting = commands.add_parser("faults", help="plant every known fault in a copy: the tests must turn red")
+    planting.add_argument("areas", nargs="*", help="names of tests/faults/*.json; all of them by default")
     args = parser.parse_args()
     if args.command == "run":
         return int(run.run(args.notebooks, set(args.flags), args.jobs) > 0)
     if args.command == "readme":
         readme.write()
         return 0
+    if args.command == "faults":
+        known = faults.load(args.areas)
+        alive = faults.misplaced(known) or faults.survivors(known)
+        print("\n".join(alive) or f"all {len(known)} faults were found")
+        return int(bool(alive))
+    if args.command == "survey":
+        table, complaints = survey.report()
+        print(table)
+        print("\n".join(complaints))
+        return int(bool(complaints))
     complaints = check.check()
     print("\n".join(complaints) or "notebooks, outputs, package and README agree")
     return int(bool(complaints))

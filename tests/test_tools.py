@@ -10,7 +10,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_outp
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "docs"))
-from nbtools import check, notebooks, readme, run, stage  # noqa: E402
+from nbtools import check, faults, notebooks, readme, run, stage, survey  # noqa: E402
 
 PICTURE = new_output("display_data", data={"image/png": "aaaa"})
 FIGURE = '#| label: fig-a\n#| fig-cap: "c"\n#| fig-alt: "a"\nplot()'
@@ -135,7 +135,7 @@ def project(tmp_path, monkeypatch):
         (nbs / f"{name}.ipynb").write_text(notebooks.nbformat.writes(nb))
     export = Path(sys.executable).with_name("nbdev_export")
     subprocess.run([export], cwd=tmp_path, check=True, capture_output=True)
-    for tool in (check, notebooks, readme):
+    for tool in (check, notebooks, readme, survey):
         for name, value in {"ROOT": tmp_path, "NBS": nbs, "LIB": lib, "INDEX": nbs / "index.ipynb"}.items():
             monkeypatch.setattr(tool, name, value, raising=False)
     monkeypatch.setattr(readme, "README", tmp_path / "README.md")
@@ -214,3 +214,63 @@ def test_docstrings_become_restructured_text(text, expected):
     from nbtools import api
 
     assert api.rest(text) == expected
+
+
+FORMULA = new_markdown_cell(r"$$a = b \tag{1.1}$$")
+EXPORT = code('#| export\ndef f():\n    "Eq. (1.1)"')
+
+
+@pytest.mark.parametrize(
+    "cells, proved",
+    [
+        ([FORMULA, code("assert f() == 1")], True),
+        ([FORMULA, new_markdown_cell("then"), EXPORT, code("f()"), code("assert f()")], True),
+        ([FORMULA, new_markdown_cell(r"$$c \tag{1.2}$$"), EXPORT, code("assert f()")], True),
+        ([FORMULA, new_markdown_cell(r"$$c \tag{1.2}$$"), code("assert f()")], False),
+        ([FORMULA, EXPORT, code("#| export\ndef g(): pass"), code("print(f())")], False),
+        ([FORMULA, code("np.testing.assert_allclose(f(), 1)")], True),
+    ],
+)
+def test_a_formula_is_proved_by_an_assert(cells, proved):
+    assert survey._is_asserted(book(*cells), "1.1") is proved
+
+
+def test_the_survey_counts_and_complains(project):
+    path = project / "nbs" / "a.ipynb"
+    nb = notebooks.read(path)
+    nb.cells += [FORMULA, new_markdown_cell("$$c$$"), code("plot()", PICTURE), code("assert f() == 1")]
+    nb.metadata["gfopt"] = {"seconds": 21}
+    path.write_text(notebooks.nbformat.writes(nb))
+    row, bad = survey.survey(path)
+    assert (row["figures"], row["alt"], row["names"], row["tested"], row["equations"]) == (1, 0, 1, 1, 1)
+    assert [b.partition(": ")[2] for b in bad] == [
+        "21 seconds, allowed are 20",
+        "1 figures without `#| fig-alt:`",
+        r"1 formulas without a \tag or \notag",
+    ]
+
+
+def test_the_survey_of_the_book():
+    "What `make check` prints: every rule of the book holds."
+    table, complaints = survey.report()
+    assert not complaints, "\n" + "\n".join(complaints)
+    assert len(table.splitlines()) == len([p for p in notebooks.notebooks() if p.parent != notebooks.NBS]) + 2
+
+
+def test_planted_faults_are_found_and_reported(tmp_path, monkeypatch):
+    "One that a test sees, one that none sees, one that cannot be planted."
+    for name, text in {"gfopt/m.py": "def f(): return 1\ndef g(): return 2\n", "tests/test_m.py": "from gfopt.m import f\ndef test(): assert f() == 1\n"}.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(faults, "ROOT", tmp_path)
+    monkeypatch.setattr(faults, "NEEDED", ("gfopt", "tests"))
+    seen = dict(area="a", where="gfopt/m.py", old="return 1", new="return 3", tests="tests/test_m.py")
+    assert not faults.misplaced([seen])
+    assert len(faults.misplaced([seen | {"old": "return"}, seen | {"where": "gfopt/n.py"}])) == 2
+    assert [s[:2] for s in faults.survivors([seen, seen | {"old": "return 2"}])] == ["a:"]
+    assert (tmp_path / "gfopt" / "m.py").read_text().startswith("def f(): return 1")
+
+
+def test_every_known_fault_can_still_be_planted():
+    known = faults.load([])
+    assert not faults.misplaced(known), "\n".join(faults.misplaced(known))

@@ -24,7 +24,7 @@ from .notebooks import (
     relink,
 )
 
-PAGES = {ROOT / "CONTRIBUTING.md": "contributing.md", ROOT / "CHANGELOG.md": "changelog.md"}
+PAGES = {ROOT / f"{name.upper()}.md": f"{name}.md" for name in ("contributing", "security", "changelog")}
 
 
 def stage(docs: Path) -> None:
@@ -88,7 +88,7 @@ def contents() -> str:
             name = path.relative_to(NBS).with_suffix("").as_posix()
             folders.setdefault(name.rpartition("/")[0], []).append(f"notebooks/{name}")
     trees = [(CAPTIONS.get(folder, folder or "Notebooks"), ps) for folder, ps in folders.items()]
-    trees.append(("Reference", ["api/index", "contributing", "changelog"]))
+    trees.append(("Reference", ["api/index", "contributing", "security", "changelog"]))
     return "\n\n".join(
         "```{toctree}\n:hidden:\n:caption: " + caption + "\n\n" + "\n".join(pages) + "\n```"
         for caption, pages in trees
