@@ -1,7 +1,7 @@
 """Keep notebooks, package, README and site in step.
 
     python docs/tools.py run [NB ...] [--flags slow gpu] [-j 2]   execute in place, store outputs
-    python docs/tools.py readme                                   nbs/index.ipynb -> README.md
+    python docs/tools.py readme                                   nbs/index*.ipynb -> README*.md
     python docs/tools.py check                                    list what does not agree
     python docs/tools.py survey                                   a table of the book, and its broken rules
     python docs/tools.py faults [AREA ...]                        plant each known fault; the tests must see it
@@ -26,7 +26,7 @@ def main() -> int:
     running.add_argument("notebooks", nargs="*", type=Path, help="all of them by default")
     running.add_argument("--flags", nargs="*", default=[], choices=sorted(FLAGS))
     running.add_argument("-j", "--jobs", type=int, default=2)
-    commands.add_parser("readme", help="write README.md from nbs/index.ipynb")
+    commands.add_parser("readme", help="write the READMEs from nbs/index*.ipynb")
     commands.add_parser("check", help="list what does not agree; exit code 1 if anything")
     commands.add_parser("survey", help="seconds, words, figures, tests and equations of each notebook")
     planting = commands.add_parser("faults", help="plant every known fault in a copy: the tests must turn red")

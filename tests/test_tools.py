@@ -138,7 +138,6 @@ def project(tmp_path, monkeypatch):
     for tool in (check, notebooks, readme, survey):
         for name, value in {"ROOT": tmp_path, "NBS": nbs, "LIB": lib, "INDEX": nbs / "index.ipynb"}.items():
             monkeypatch.setattr(tool, name, value, raising=False)
-    monkeypatch.setattr(readme, "README", tmp_path / "README.md")
     monkeypatch.setattr(readme, "PICTURES", tmp_path / "docs" / "readme")
     readme.write()
     return tmp_path

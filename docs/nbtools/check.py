@@ -172,7 +172,7 @@ def book() -> list[str]:
         cited = CITED.findall("\n".join(c.source for c in nb.cells))
         for number in sorted(set(cited) - tags.keys()):
             bad.append(f"{path.relative_to(ROOT)}: cites Eq. ({number}), which no notebook has")
-    for path in [*LIB.rglob("*.py"), readme.README]:
+    for path in [*LIB.rglob("*.py"), *readme.fronts().values()]:
         if path.exists() and (match := MACHINE.search(path.read_text())):
             bad.append(f"{path.relative_to(ROOT)}: the path {match[0]!r} exists on one machine only")
     return bad

@@ -18,7 +18,7 @@ from .notebooks import ROOT
 from .run import ENVIRONMENT
 
 FAULTS = ROOT / "tests" / "faults"
-NEEDED = ("gfopt", "tests", "nbs", "docs", "pyproject.toml", "settings.ini", "README.md")
+NEEDED = ("gfopt", "tests", "nbs", "docs", "pyproject.toml", "settings.ini", "README.md", "README.zh.md")
 SECONDS = 900  # a fault may turn a loop into an endless one: that counts as found
 
 

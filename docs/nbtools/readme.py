@@ -1,4 +1,4 @@
-"""nbs/index.ipynb -> README.md, with its pictures under docs/readme/."""
+"""nbs/index*.ipynb -> README*.md, one for each language, with their pictures under docs/readme/."""
 
 from __future__ import annotations
 
@@ -9,20 +9,24 @@ from pathlib import Path
 
 from nbformat import NotebookNode
 
-from .notebooks import INDEX, ROOT, directives, read, relink
+from .notebooks import NBS, ROOT, directives, read, relink
 
-README = ROOT / "README.md"
 PICTURES = ROOT / "docs" / "readme"
-HEAD = "<!-- Generated from nbs/index.ipynb by docs/tools.py: edit the notebook. -->"
+HEAD = "<!-- Generated from nbs/{} by docs/tools.py: edit the notebook. -->"
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
 
-def render() -> tuple[str, dict[str, bytes]]:
-    "The text of README.md and the pictures it shows, by file name."
-    blocks, pictures = [HEAD], {}
-    for cell in read(INDEX).cells:
+def fronts() -> dict[Path, Path]:
+    "The front pages: nbs/index.ipynb -> README.md, nbs/index.zh.ipynb -> README.zh.md."
+    return {p: ROOT / f"README{p.stem.removeprefix('index')}.md" for p in sorted(NBS.glob("index*.ipynb"))}
+
+
+def render(index: Path) -> tuple[str, dict[str, bytes]]:
+    "The text of a README and the pictures it shows, by file name."
+    blocks, pictures = [HEAD.format(index.name)], {}
+    for cell in read(index).cells:
         if cell.cell_type == "markdown":
-            blocks.append(relink(cell.source, INDEX, _beside_readme))
+            blocks.append(relink(cell.source, index, _beside_readme))
         elif cell.cell_type == "code":
             blocks += _code(cell, pictures)
     text = "\n\n".join(b.strip("\n") for b in blocks if b.strip())
@@ -30,6 +34,7 @@ def render() -> tuple[str, dict[str, bytes]]:
 
 
 def _beside_readme(target: Path) -> str:
+    target = fronts().get(target, target)
     return os.path.relpath(target, ROOT).replace(os.sep, "/")
 
 
@@ -68,22 +73,27 @@ def _plain(text: str) -> str:
 
 
 def drift() -> list[str]:
-    "What in README.md and its pictures differs from the notebook."
-    text, pictures = render()
-    bad = []
-    if not README.exists() or README.read_text() != text:
-        bad.append("README.md: differs from nbs/index.ipynb, run docs/tools.py readme")
+    "What in the READMEs and their pictures differs from the notebooks."
+    bad, pictures = [], {}
+    for index, path in fronts().items():
+        text, shown = render(index)
+        pictures |= shown
+        if not path.exists() or path.read_text() != text:
+            bad.append(f"{path.name}: differs from nbs/{index.name}, run docs/tools.py readme")
     stored = {p.name: p.read_bytes() for p in PICTURES.glob("*")}
     for name in sorted(stored.keys() | pictures.keys()):
         if stored.get(name) != pictures.get(name):
-            bad.append(f"docs/readme/{name}: differs from nbs/index.ipynb, run docs/tools.py readme")
+            bad.append(f"docs/readme/{name}: differs from its notebook, run docs/tools.py readme")
     return bad
 
 
 def write() -> None:
-    "Write README.md and its pictures; remove pictures no longer shown."
-    text, pictures = render()
-    README.write_text(text)
+    "Write the READMEs and their pictures; remove pictures no longer shown."
+    pictures = {}
+    for index, path in fronts().items():
+        text, shown = render(index)
+        path.write_text(text)
+        pictures |= shown
     PICTURES.mkdir(parents=True, exist_ok=True)
     for path in PICTURES.glob("*"):
         if path.name not in pictures:

@@ -84,11 +84,12 @@ def contents() -> str:
     "One table of contents for each folder of nbs/, then the reference."
     folders: dict[str, list[str]] = {}
     for path in notebooks():
-        if path != INDEX:
+        if path.parent != NBS:  # the front pages have places of their own
             name = path.relative_to(NBS).with_suffix("").as_posix()
             folders.setdefault(name.rpartition("/")[0], []).append(f"notebooks/{name}")
     trees = [(CAPTIONS.get(folder, folder or "Notebooks"), ps) for folder, ps in folders.items()]
-    trees.append(("Reference", ["api/index", "contributing", "security", "changelog"]))
+    others = [f"notebooks/{p.stem}" for p in sorted(NBS.glob("index.*.ipynb"))]
+    trees.append(("Reference", ["api/index", *others, "contributing", "security", "changelog"]))
     return "\n\n".join(
         "```{toctree}\n:hidden:\n:caption: " + caption + "\n\n" + "\n".join(pages) + "\n```"
         for caption, pages in trees
