@@ -4,6 +4,7 @@ import json
 import multiprocessing as mp
 import os
 import signal
+import subprocess
 import time
 import warnings
 
@@ -162,6 +163,16 @@ def test_a_process_number_used_again_is_not_the_owner(tmp_path):
     for forged, free in ((f"{os.getppid()} {birth}", True), (f"{os.getppid()} {started(os.getppid())}", False), ("", True), ("12", True)):
         leases.write_text((forged + (f" {number}" if " " in forged else "")).ljust(63) + "\n")
         assert [t.id for t in other.unfinished()] == ([0] if free else [])
+
+
+def test_a_zombie_is_dead():
+    child = subprocess.Popen(["sleep", "60"])
+    assert started(child.pid) not in (None, started(os.getpid()))
+    child.kill()
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+    assert started(child.pid) is None
+    child.wait()
+    assert started(child.pid) is None
 
 
 def test_started_without_proc(monkeypatch):
@@ -347,7 +358,8 @@ def killed(target, path, size, rng, *args):
     "Run it until the journal has a random size and kill it; whether there is something left to do."
     p = PROCESS.Process(target=target, args=(path, *args))
     p.start()
-    mark = rng.uniform(path.stat().st_size if path.exists() else 0, size)
+    now = path.stat().st_size if path.exists() else 0
+    mark = rng.uniform(now, max(now, size))
     while p.is_alive() and (not path.exists() or path.stat().st_size < mark):
         time.sleep(0.0003)
     time.sleep(rng.uniform(0, 0.002))
