@@ -144,14 +144,14 @@ def study(sampler, **kw):
 
 
 @pytest.mark.parametrize("d", [
-    FloatDistribution(1e-4, 1, log=True), FloatDistribution(-1, 2), FloatDistribution(0, 1, step=0.3), IntDistribution(1, 8), IntDistribution(8, 256, log=True),
+    FloatDistribution(1e-4, 1, log=True), FloatDistribution(-1, 2), FloatDistribution(0, 1, step=0.1), IntDistribution(1, 8), IntDistribution(8, 256, log=True),
     IntDistribution(0, 100, step=25), CategoricalDistribution(["relu", None, True, 1.5])], ids=str)
 def test_distributions_there_and_back(d):
     p, there, back = parameter(d)
     values = [back(p.decode(z)) for z in np.linspace(0, 1, 401)]
     assert all(d._contains(d.to_internal_repr(v)) for v in values) and all(back(there(v)) == v for v in values)
     if p.levels:
-        assert p.levels == {0.3: 4, 25: 5}.get(getattr(d, "step", None), p.levels) and (p.levels > 8 or len(set(map(repr, values))) == p.levels)
+        assert p.levels == {0.1: 11, 25: 5}.get(getattr(d, "step", None), p.levels) and (p.levels > 11 or len(set(map(repr, values))) == p.levels)
     else:
         assert np.allclose((values[0], values[-1]), (d.low, d.high), rtol=1e-12)
 

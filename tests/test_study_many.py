@@ -239,6 +239,25 @@ def test_ctrl_c_gives_back_and_the_same_study_goes_on(tmp_path):
         assert calls[6] == calls[7] and len(calls) == 21
 
 
+def test_what_was_left_at_the_very_end_is_evaluated(tmp_path):
+    calls = []
+
+    def f(p):
+        calls.append(p)
+        if len(calls) in (4, 5):
+            raise KeyboardInterrupt
+        return loss(p)
+
+    for journal in (None, tmp_path / "run.jsonl"):
+        calls.clear()
+        study = Study(SPACE, "random", journal=journal)
+        assert [study.optimize(f, 4, progress=False).nfev for _ in range(2)] == [3, 3]
+        if journal:
+            study.close()
+            study = Study(SPACE, "random", journal=journal)
+        assert study.optimize(f, 4, progress=False).nfev == 4 and len(study.trials) == 4 and len(calls) == 6
+
+
 def test_ctrl_c_waits_for_the_end_of_a_question(tmp_path, monkeypatch):
     study = Study(SPACE, "random", journal=tmp_path / "run.jsonl")
     ask = study.optimizer.ask
@@ -369,7 +388,8 @@ def killed(target, path, size, rng, *args):
     return not path.exists() or path.read_bytes().count(b'"tell"') < LENGTH[args[0]]
 
 
-TIMES = [pytest.param(12, id="12"), pytest.param(50, id="50", marks=pytest.mark.slow)]
+ON_REQUEST = pytest.mark.skipif(not os.environ.get("GFOPT_SLOW"), reason="GFOPT_SLOW=1 runs it")
+TIMES = [pytest.param(12, id="12"), pytest.param(50, id="50", marks=[pytest.mark.slow, ON_REQUEST])]
 
 
 @pytest.mark.parametrize("times", TIMES)

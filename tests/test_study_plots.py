@@ -132,8 +132,19 @@ def test_importance_and_slice(study, ax):
     assert len(ax.collections[0].get_offsets()) == len([t for t in study.trials if t.state == "done" and t.excess == 0])
 
 
-def test_pair_marks_the_best_and_has_the_axes_right(study, ax):
+@pytest.fixture
+def filled(ax, monkeypatch):
+    "What was handed to contourf: x, y, values with a row for each y."
+    seen, contourf = [], ax.contourf
+    monkeypatch.setattr(ax, "contourf", lambda *a, **kw: seen.append(a) or contourf(*a, **kw))
+    return seen
+
+
+def test_pair_marks_the_best_and_has_the_axes_right(study, ax, filled):
     plot_pair(study, "lr", "depth", ax)
+    ((tx, ty, values),) = filled
+    there = forest(study).marginal([0, 1], [[tx[40], ty[3]]])[0]
+    assert np.isclose(values[3, 40], there) and not np.isclose(values[40, 3], there)
     x, y = ax.lines[1].get_xydata()[0]
     assert (x, y) == (float(study.best.z[0]), float(study.best.z[1])) and (ax.get_xlabel(), ax.get_ylabel()) == ("lr", "depth")
     model = forest(study)
@@ -160,14 +171,14 @@ def test_ticks_of_a_box_and_of_one_without_walls():
     assert forest(open_).importance().sum() > 0.2
 
 
-def test_belief_is_drawn_where_it_is(study, ax):
+def test_belief_is_drawn_where_it_is(study, ax, filled):
     s = Study(Box(-2, 6, 3), "random")
     t = s.ask()
     s.optimizer.explain = lambda z: dict(mean=z[2] * 10 + z[0])
     plot_belief(s, t, "x0", "x2", "mean", ax, cells=4)
     assert ax.lines[0].get_xydata()[0].tolist() == pytest.approx([(float(t.z[0]) + 2) / 8, (float(t.z[2]) + 2) / 8])
-    low, high = ax.collections[0].get_clim()
-    assert low <= -11 and high >= 55  # at the centres of the cells: -10 - 1 and 50 + 5
+    ((tx, ty, values),) = filled
+    assert np.allclose(values, (8 * ty[:, None] - 2) * 10 + 8 * tx[None] - 2)
     with pytest.raises(ValueError, match="explain"):
         plot_belief(study, study.best, "lr", "depth")
 
