@@ -156,6 +156,11 @@ def test_distributions_there_and_back(d):
         assert np.allclose((values[0], values[-1]), (d.low, d.high), rtol=1e-12)
 
 
+def test_a_value_on_the_grid_is_its_own_step():
+    _, there, back = parameter(FloatDistribution(0, 1, step=0.1))
+    assert [there(v) for v in (0.1, 0.3, 0.6, 0.7, 1.0)] == [1, 3, 6, 7, 10] and back(10) == 1.0
+
+
 def test_an_unknown_distribution_is_refused():
     with pytest.raises(TypeError, match="allowed: Optuna's"):
         parameter(object())
