@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from gfopt.journal import Journal, read_journal
+from gfopt.journal import read_journal
 from gfopt.space import Box, Categorical, Integer, Real, Space
 from gfopt.study import Study, minimize
 
@@ -369,7 +369,7 @@ def test_journal_holds_users_sign_params_and_reason(tmp_path):
     assert header["method"] == "random" and header["maximize"] is True and header["seed"] == 0
     tells = [e for e in events if "tell" in e]
     assert {e.get("value") for e in tells} == {5.0, None} and any("ZeroDivisionError" in e.get("failed", "") for e in tells)
-    assert [e["ask"] for e in events if "ask" in e] == list(range(6)) and not path.with_name("run.jsonl.lock").exists()
+    assert [e["ask"] for e in events if "ask" in e] == list(range(6)) and [p.name for p in path.parent.iterdir()] == ["run.jsonl"]
 
 
 @pytest.mark.parametrize("method", ["ga", "bo", "random", "cmaes"])
@@ -420,7 +420,7 @@ def test_damage_in_the_middle_is_refused(tmp_path):
 
 @pytest.mark.parametrize("change,words", [
     (dict(seed=1), "seed"), (dict(method="random"), "method"), (dict(maximize=True), "maximize"),
-    (dict(space=[(0, 1)]), "space"), (dict(population=7), "settings")])
+    (dict(space=[(0, 1)]), "space"), (dict(space=Space(dict(reversed(SPACE.parameters.items())))), "space"), (dict(population=7), "settings")])
 def test_another_search_is_refused_with_what_differs(tmp_path, change, words):
     path = tmp_path / "run.jsonl"
     Study(SPACE, "ga", journal=path).close()
@@ -451,22 +451,6 @@ def test_unfinished_trials_come_back_with_their_ids(tmp_path):
     with Study(SPACE, "ga", journal=path) as s:
         back = [s.ask() for _ in range(4)]
         assert [t.id for t in back] == [0, 1, 3, 4] and [t.params for t in back[:2]] == [t.params for t in trials[:2]]
-
-
-def test_second_writer_is_refused_with_the_first_ones_pid(tmp_path):
-    path = tmp_path / "run.jsonl"
-    code = ("import sys, time; from gfopt.journal import Journal; j = Journal(sys.argv[1], {}); "
-            "print('open', flush=True); time.sleep(60)")
-    other = subprocess.Popen([sys.executable, "-c", code, str(path)], stdout=subprocess.PIPE, text=True, cwd=ROOT)
-    try:
-        assert other.stdout.readline().strip() == "open"
-        with pytest.raises(RuntimeError, match=f"process {other.pid} is writing"):
-            Journal(path, {})
-        other.send_signal(signal.SIGKILL)
-        other.wait()
-        Journal(path, {}).close()  # the system released the dead writer's lock
-    finally:
-        other.kill()
 
 
 KILLED = """

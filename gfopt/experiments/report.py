@@ -4,17 +4,16 @@
 
 # %% auto #0
 __all__ = ['ACTS', 'number', 'text_table', 'html_table', 'say_base', 'say_training', 'say_tuning', 'say_compression',
-           'tuning_table', 'picture', 'html', 'table']
+           'tuning_table', 'html', 'table']
 
 # %% ../../nbs/6_experiments/05_report.ipynb #38cd56a6
-import base64
 import html as _html
-import io
 import textwrap
 
 from . import compression, tuning
 from .small_lm import plot_base, plot_training, training_rows
 from ..plots import style
+from ..study_plots import page, picture
 
 # %% ../../nbs/6_experiments/05_report.ipynb #6af9a747
 def number(v) -> str:
@@ -125,30 +124,6 @@ ACTS = {
                  "Left: closest to the dense model so far, over evaluations. Right: what each choice costs on unseen text at the same size."),
 }
 
-_CSS = """
-:root { color-scheme: light dark; --ink: #1c1e21; --paper: #fff; --soft: #6b7177; --line: #d9dcdf; --tint: #f4f6f8; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e6e8ea; --paper: #16181b; --soft: #9aa1a8; --line: #33383d; --tint: #1e2125; } }
-body { margin: 0 auto; padding: 1.2rem; max-width: 47rem; font: 16px/1.55 system-ui, sans-serif; color: var(--ink); background: var(--paper); }
-h1 { font-size: 1.7rem; margin-bottom: .2rem; } h2 { margin-top: 2.4rem; font-size: 1.25rem; }
-.soft, figcaption { color: var(--soft); font-size: .88rem; } figure { margin: 1rem 0; } img { width: 100%; height: auto; }
-.wide { overflow-x: auto; margin: 1rem 0; } table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .3rem .7rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; } pre { background: var(--tint); padding: .7rem; overflow-x: auto; font-size: .8rem; }
-"""
-
-
-def picture(figure) -> str:
-    "A figure as inline SVG data, closed afterwards."
-    import matplotlib
-    import matplotlib.pyplot as plt
-
-    file = io.BytesIO()
-    with matplotlib.rc_context({"svg.hashsalt": "gfopt"}):
-        figure.savefig(file, format="svg", bbox_inches="tight", metadata={"Date": None})
-    plt.close(figure)
-    return "data:image/svg+xml;base64," + base64.b64encode(file.getvalue()).decode()
-
-
 def _act(name, result):
     title, plot, say, tables, caption = ACTS[name]
     e, told = _html.escape, _html.escape(say(result))
@@ -178,16 +153,11 @@ def html(results: dict) -> str:
     facts = "".join(f"<tr><td>{e(k)}</td><td>{e(number(v) if not isinstance(v, int) else str(v))}</td></tr>" for k, v in
                     {**p, "preset": results["preset"], "text": text, "text sha256": c["sha256"][:16], "seconds in all": results["seconds"],
                      "steps taken over from an earlier run": results["resumed_steps"]}.items())
-    return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>gfopt: a language model without gradients</title><style>{_CSS}</style></head><body>
-<h1>A language model without gradients</h1>
+    return page("gfopt: a language model without gradients", f"""<h1>A language model without gradients</h1>
 <p class="soft">Trained, tuned and compressed by search, on {e(text)}: {c["code.train"]["bytes"]:,} bytes of source code and
 {c["prose.train"]["bytes"]:,} bytes of prose to learn from, {held:,} bytes of whole files held out. One seed. {head}</p>
 {acts}
-<h2>Circumstances</h2><div class="wide"><table><tbody>{facts}</tbody></table></div>
-</body></html>
-"""
+<h2>Circumstances</h2><div class="wide"><table><tbody>{facts}</tbody></table></div>""")
 
 
 def table(results: dict) -> str:
