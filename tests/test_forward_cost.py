@@ -201,7 +201,7 @@ def test_cuda_is_asked_about_one_step(monkeypatch):
     monkeypatch.setattr(fc, "CudaPeak", type("P", (fc.CudaPeak,), dict(now=property(lambda s: torch.cuda.memory_allocated()), peak=property(lambda s: torch.cuda.max_memory_allocated()))))
     told = fc.peak_memory(lambda: lambda: said.append("step"), [], "cuda")
     assert told == dict(peak=9, kept=0)
-    assert said == ["memory_allocated", "step", "step", "reset_peak_memory_stats", "step", "synchronize", "max_memory_allocated", "memory_allocated"]
+    assert said == ["step", "step", "memory_allocated", "step", "step", "reset_peak_memory_stats", "step", "synchronize", "max_memory_allocated", "memory_allocated"]
 
 
 def test_memory_row():
@@ -209,6 +209,21 @@ def test_memory_row():
     assert row["tokens"] == 32 and row["weights"] == 4 * row["parameters"] and row["layer"] == 16 * 32 * 4
     assert row["bytes"]["AdamW"]["kept"] > row["bytes"]["MeZO"]["kept"]
     assert row["bytes"]["forward"]["peak"] >= row["weights"] and "Muon" in row["errors"]
+
+
+def test_what_is_made_once_and_for_all_belongs_to_no_method():
+    tables = []
+
+    def make():
+        if not tables: tables.append(torch.zeros(MB // 4))  # as an import would
+        return lambda: None
+
+    assert fc.peak_memory(make, [])["kept"] < 0.01 * MB
+
+
+def test_a_lean_step_needs_no_more_memory_than_inference():
+    read = fc.run_memory(fc.NANO, 8, 64, ("forward", "ZerothOrder lean"))["bytes"]
+    assert read["ZerothOrder lean"]["peak"] <= 1.05 * read["forward"]["peak"]
 
 
 # the bits -------------------------------------------------------------------------------------------
@@ -295,7 +310,7 @@ def test_verdicts():
     ms["ZerothOrder"] = [11.3]
     told = {r["name"]: r for r in fc.cost_rows("cpu", {"step 256": dict(ms=ms)}) if r["row"] == "step 256"}
     assert told["step"]["verdict"] == told["beyond"]["verdict"] == "NOT reached"
-    assert "NOT reached" in fc.told(told["step"])
+    assert fc.told([told["step"]]).splitlines()[0] == "step 256" and "<= 1.1 NOT reached" in fc.told([told["step"]])
 
 
 def test_what_was_not_measured_is_not_reached():

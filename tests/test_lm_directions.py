@@ -184,6 +184,22 @@ def test_chunks_that_take_turns_keep_their_signs(monkeypatch):  # weights in two
     assert len(calls) == 4 and all(torch.equal(a, b) for a, b in zip(first, again))
 
 
+def test_weights_of_members_share_no_memory():  # an operation may meet several at once, a weight and its bias
+    changes = DenseNoise(seed=3).changes(make(), 0, [(0, 1), (0, -1)])
+    held = [c.weight(m) for c in changes.values() for m in range(2)]
+    assert len({w.untyped_storage().data_ptr() for w in held}) == len(held)
+
+
+def test_the_room_for_signs_is_let_go_where_it_is_asked_for():
+    chunk, d = make(), DenseNoise(seed=3)
+    first = [z.clone() for z in d.draw(chunk, 0, 0)]
+    d.forget()
+    assert d._rooms and d._plans  # kept for the next step
+    d.forget(room=True)
+    assert not (d._rooms or d._plans or d._kept)
+    assert all(map(torch.equal, d.draw(chunk, 0, 0), first))
+
+
 # masks -------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("share", [0.1, 0.25, 1.0])

@@ -116,6 +116,11 @@ def test_nan_ranks_last():
     assert u[1] > u[[0, 2, 3, 4, 5]].max() and abs(u.sum()) < 1e-12 and abs(u[0]) <= u[4]
 
 
+def test_ties_share_the_mean_of_their_ranks():
+    u = utilities(torch.tensor([3.0, 1.0, 6.0, 4.0, 2.0, 2.0]))  # without the pairs' means: 1, -1, 1, -1, 0, 0
+    torch.testing.assert_close(u, math.sqrt(12) * (torch.tensor([4.5, 0.5, 4.5, 0.5, 2.5, 2.5], dtype=torch.float64) / 5 - 0.5))
+
+
 def test_utilities_ignore_shift_and_scale():
     y = torch.tensor([3.0, 1.0, 2.0, 2.0, 7.0, 6.0], dtype=torch.float64)
     for fitness in ("ranks", "standardized"):

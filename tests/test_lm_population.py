@@ -9,6 +9,7 @@ from torch import nn
 from gfopt.lm.model import Llama, config, generate
 from gfopt.lm.population import (
     NOISES,
+    ROWS,
     Dense,
     LowRank,
     Population,
@@ -267,6 +268,15 @@ def test_rows_in_another_order_are_refused_or_unsure():
     with torch.no_grad(), Population(parameters, changes_of(parameters, 4), 4) as population:
         model(population.expand(IDS))
     assert ("torch.Tensor.__getitem__", "(8, 8)") in population.unsure
+
+
+def test_rows_put_back_where_they_were_are_rows_again():
+    w, at = {"w": torch.ones(4, 4)}, torch.tensor([5, 0, 2])
+    with torch.no_grad(), Population(w, changes_of(w, 4), 4) as population:
+        x = population.expand(torch.ones(2, 4))
+        out = torch.zeros_like(x).index_add(0, at, 2 * x[at])
+        assert (out @ w["w"]).shape == (8, 4)
+    assert population.known(out) == ROWS and not population.unsure
 
 
 @pytest.mark.parametrize(("call", "message"), [

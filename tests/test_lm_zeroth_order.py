@@ -937,6 +937,13 @@ def test_no_noise_is_kept_after_a_step(settings):
     assert not opt.noise._kept
 
 
+def test_a_lean_step_keeps_no_room_for_noise():
+    model = llama()
+    opt = ZerothOrder(model, lr=0.01, batched=1)
+    opt.step(lambda: rows_of(model, opt.expand(TEXT)))
+    assert not (opt.noise._rooms or opt.noise._plans)
+
+
 def test_a_deep_copy_goes_its_own_way():
     model = Tiny()
     opt = ZerothOrder(model, lr=0.1, eps=0.1, momentum=0.5, mask=smallest(0.5), seed=3)

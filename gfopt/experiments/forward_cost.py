@@ -16,7 +16,7 @@ import time
 import tracemalloc
 import weakref
 from functools import partial
-from itertools import count
+from itertools import count, groupby
 from pathlib import Path
 
 import numpy as np
@@ -172,7 +172,13 @@ class Peak(TorchDispatchMode):
         super().__init__()
         self.storages, self.peak, self._alive = 0, 0, set()
 
-    def __enter__(self): return tracemalloc.start() or super().__enter__()
+    def __enter__(self):
+        super().__enter__()
+        torch.ones(2)[:1]  # torch imports a great deal when a mode first meets an operation
+        self.restart()
+        tracemalloc.start()
+        return self
+
     def __exit__(self, *error): return tracemalloc.stop() or super().__exit__(*error)
     now = property(lambda self: self.storages + tracemalloc.get_traced_memory()[0])
 
@@ -219,6 +225,9 @@ def peak_memory(
     device: str = "cpu",
 ) -> dict:  # bytes: peak of the third step, kept from step to step
     "The most memory a step needs, and what stays."
+    step = make()
+    step(), step()  # what is made once and for all, imports and tables, belongs to no method
+    del step
     gc.collect()
     with CudaPeak() if device.startswith("cuda") else Peak() as memory:
         memory.meet(there)
@@ -374,10 +383,15 @@ def cost_rows(
             out.append(dict(row=row, name=name, what=what, value=value, asked=asked, verdict=verdict))
     return out
 
-def told(r: dict) -> str:
-    "A figure of `cost_rows` in a line."
-    asked = "" if r["asked"] is None else f"  asked: at most {r['asked']:g}, {r['verdict']}"
-    return f"{r['row']:30}{r['what']:56}{r['value']:9.3g}{asked}"
+def told(figures: list[dict]) -> str:
+    "Some figures of `cost_rows`, a line each below the name of their row."
+    lines = []
+    for row, group in groupby(figures, lambda r: r["row"]):
+        lines.append(row)
+        for r in group:
+            value = "-" if math.isnan(r["value"]) else f"{r['value']:.3g}"
+            lines.append(f"  {r['what']:57}{value:>6}" + ("" if r["asked"] is None else f"  <= {r['asked']:g} {r['verdict']}"))
+    return "\n".join(lines)
 
 # %% ../../nbs/6_experiments/10_forward_cost.ipynb #b460c5e0
 def main(argv=None) -> None:
@@ -393,8 +407,7 @@ def main(argv=None) -> None:
     unknown = sorted({*a.rows} - {*PRESETS[a.preset]})
     if unknown: parser.error(f"rows {unknown}; allowed: {', '.join(PRESETS[a.preset])}")
     result = run_cost(a.out, a.preset, a.device, a.rows or None)
-    for r in cost_rows(a.preset, result["rows"]):
-        if r["row"] in result["rows"]: print(told(r))
+    print(told([r for r in cost_rows(a.preset, result["rows"]) if r["row"] in result["rows"]]))
 
 if __name__ == "__main__" and "__file__" in globals():  # run as a module, not as a notebook
     main()

@@ -37,16 +37,16 @@ class Layout:
         names: Sequence[str],  # of the tensors
         sizes: Sequence[int],  # their numbers of elements
     ):
-        blocks = [-(-n // 128) for n in sizes]  # tensors start at multiples of 128, the unit of a block of signs
-        starts = 128 * np.cumsum([0, *blocks])
+        self.blocks = [-(-n // 128) for n in sizes]  # tensors start at multiples of 128, the unit of a block of signs
+        starts = 128 * np.cumsum([0, *self.blocks])
         self.names, self.sizes, self.starts, self.size = names, sizes, starts[:-1].tolist(), int(starts[-1])
-        self.ids = np.repeat([tensor_id(n) for n in names], blocks)
-        self.blocks = np.concatenate([np.arange(n) for n in blocks])
+        self.ids = [tensor_id(n) for n in names]
 
     def words(self, per, pair, step, seed, device):
         "`(calls, 4)` words of Eq. (4.4.2) for all tensors; `per` elements of a tensor share one call of Philox."
-        k = 128 // per
-        return words((self.blocks[:, None] * k + np.arange(k)).ravel(), self.ids.repeat(k), pair, step, seed=seed, device=device)
+        calls = np.array(self.blocks) * (128 // per)
+        first = np.repeat(np.cumsum(calls) - calls, calls)  # of the tensor that a call belongs to
+        return words(np.arange(len(first)) - first, np.repeat(self.ids, calls), pair, step, seed=seed, device=device)
 
     def draw(self,
         noise: str,  # "rademacher" or "normal"
@@ -72,6 +72,10 @@ class Layout:
         w = self.words(8, ROUNDING_PAIR, step, seed, device)
         w = torch.from_numpy(w.astype(np.int64)) if isinstance(w, np.ndarray) else w
         return torch.stack([w & 0xFFFF, w >> 16], -1).flatten()
+
+    def room(self, k):
+        "Elements that unpacking the signs of tensor k takes."
+        return -(-self.sizes[k] // 128) * 128
 
     def split(self,
         flat: Tensor,  # `(size,)`
@@ -196,7 +200,7 @@ class DenseNoise:
                 yield out
         return chunk.masked(sums()), 1.0
 
-    def _zeta(self, chunk, k, step, pair, keep=True):  # of one parameter
+    def _zeta(self, chunk, k, step, pair, keep=True, own=False):  # of one parameter; `own`: in memory of its own
         where = dict(seed=self.seed, step=step, pair=pair)
         if chunk.device.type != "cpu" or self.noise == "normal" and not keep:
             return NOISES[self.noise](chunk.shapes[k], **where, tensor=chunk.names[k], device=chunk.device, dtype=chunk.exact)
@@ -205,23 +209,23 @@ class DenseNoise:
             if (chunk, pair) not in self._kept:
                 if sum(v.nbytes for v in self._kept.values()) + chunk.layout.size // 8 > KEPT: return signs(chunk.shapes[k], **where, tensor=chunk.names[k], dtype=chunk.exact)
                 self._kept[chunk, pair] = chunk.layout.signs(**where)
-            first, last, out, z = self._planned(chunk)[k]
+            first, last, out, z = _places(chunk, k, torch.empty(chunk.layout.room(k), dtype=chunk.exact)) if own else self._planned(chunk)[k]
             signs_of(self._kept[chunk, pair][first:last], out)
             return z
         if (chunk, pair) not in self._kept: self._kept = {(chunk, pair): chunk.layout.draw("normal", **where, dtype=chunk.exact)}  # one, 4 bytes a weight
         return self._kept[chunk, pair][chunk.layout.starts[k]:][:chunk.layout.sizes[k]].view(chunk.shapes[k])
 
-    def forget(self):
-        "Lets go of the noise of the last step."
+    def forget(self, room=False):
+        "Lets go of the noise of the last step, and of the room where it was unpacked."
         self._kept = {}
+        if room: self._rooms, self._plans = {}, {}
 
     def _planned(self, chunk):  # for each parameter: its bytes of signs, room for them as numbers, and that room in its shape
         if chunk not in self._plans:
-            layout, dtype = chunk.layout, chunk.exact
-            bytes_ = [-(-n // 128) * 16 for n in layout.sizes]
-            if dtype not in self._rooms or len(self._rooms[dtype]) < 8 * max(bytes_): self._rooms[dtype], self._plans = empty(8 * max(bytes_), dtype=dtype), {}
-            room = self._rooms[dtype]  # one for all chunks
-            self._plans[chunk] = [(at // 8, at // 8 + b, room[:8 * b].view(-1, 8).numpy(), room[:n].view(s)) for at, b, n, s in zip(layout.starts, bytes_, layout.sizes, chunk.shapes)]
+            every, dtype = range(len(chunk.params)), chunk.exact
+            most = max(map(chunk.layout.room, every))
+            if dtype not in self._rooms or len(self._rooms[dtype]) < most: self._rooms[dtype], self._plans = empty(most, dtype=dtype), {}
+            self._plans[chunk] = [_places(chunk, k, self._rooms[dtype]) for k in every]  # one room for all chunks
         return self._plans[chunk]
 
     def changes(self,
@@ -233,11 +237,15 @@ class DenseNoise:
             def weight(member):
                 pair, sign = members[member]
                 if not sign: return p.detach()
-                w, z = (chunk.masters or chunk.params)[k].detach(), self._zeta(chunk, k, step, pair, keep=False)
+                w, z = (chunk.masters or chunk.params)[k].detach(), self._zeta(chunk, k, step, pair, keep=False, own=True)
                 if mask is not None: z.mul_(mask)
-                return torch.add(w, z, alpha=sign * float(chunk.group["eps"])).to(p.dtype)
+                return torch.add(w, z, alpha=sign * float(chunk.group["eps"]), out=z).to(p.dtype)
             return Dense(weight)
         return {name: weigh(k, p, mask) for k, (name, p, mask) in enumerate(zip(chunk.names, chunk.params, chunk.masks))}
+
+def _places(chunk, k, room):  # of a parameter's signs: first and last byte, numbers to unpack them to, and those in its shape
+    at, n, long = chunk.layout.starts[k], chunk.layout.sizes[k], chunk.layout.room(k)
+    return at // 8, (at + long) // 8, room[:long].view(-1, 8).numpy(), room[:n].view(chunk.shapes[k])
 
 # %% ../../nbs/4_lm/11_directions.ipynb #4b4eb2b3
 class LowRankNoise:
@@ -271,7 +279,7 @@ class LowRankNoise:
         flat = torch.stack([layout.draw(self.noise, seed=self.seed, step=step, pair=j, device=chunk.device, dtype=chunk.exact) for j in pairs])
         return [flat[:, at:at + n] for at, n in zip(layout.starts, layout.sizes)]
 
-    def forget(self):
+    def forget(self, room=False):
         "Nothing is kept from one draw to the next."
 
     def draw(self, chunk: Chunk, step: int, pair: int) -> Iterator[Tensor]:

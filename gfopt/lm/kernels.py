@@ -226,7 +226,7 @@ class FusedNoise:
 
     def __init__(self,
         params,  # float32, bfloat16 or float16, contiguous; one device and one dtype
-        names,  # their names, or their `tensor_id`s
+        names,  # their names, or what `tensor_id` makes of them
         out=None,  # the perturbed copies, shaped like `params`; their dtype may be another one. An attribute: to be set, or let go, at any time
         *, block: int = 4096,  # elements per program
     ):

@@ -364,7 +364,7 @@ def _one_by_one(pop, name, func, args, kwargs):
     if depth < 0: pop.unsure.add((name, called))
     if not all(isinstance(t, Tensor) and t.dim() and any(t.shape[0] == x.shape[1] for x in led.values()) for t in parts):
         raise PopulationError(f"parameter {name!r} met {called}, whose result has no rows; leave it out with exclude=, or use fallback='sequential'")
-    return pop.by_member(torch.cat(parts))
+    return pop.by_member(torch.cat(parts) if len(parts) > 1 else parts[0])
 
 def _of(pop, led, changed, depth, a, p):  # an argument as member p has it; a closure that calls itself would keep activations alive
     if isinstance(a, (tuple, list)): return type(a)(_of(pop, led, changed, depth, b, p) for b in a)

@@ -316,7 +316,7 @@ class ZerothOrder(torch.optim.Optimizer):
             for c in self.chunks():
                 unit = (1 / float(c.group["eps"]) if scale is None else scale) / len(kept)
                 self._move(c, {j: d * unit for j, d in kept.items()})
-        if self._chunks: self.noise.forget()
+        if self._chunks: self.noise.forget(room=bool(self.batched))
         self.steps += 1
 
     def _scale(self, kept):  # what stands for 1 / eps; None: itself
