@@ -29,6 +29,7 @@ CAPTIONS = {  # folder of nbs/ -> its caption in the site's contents
     "5_compress": "Compression",
     "6_experiments": "Experiments",
     "7_adapters": "Adapters",
+    "8_howto": "How-to",
 }
 
 DIRECTIVE = re.compile(r"^\s*#\s*\|\s*(.+?)\s*$")
