@@ -14,8 +14,8 @@ from .posterior import linear_posterior
 
 # %% ../../nbs/3_bayes/02_linear.ipynb #99db19ff
 def beta_posterior(
-    successes: int,  # $k$: how often it happened
-    failures: int,  # $n-k$: how often it did not
+    successes: int,  # $h$: how often it happened
+    failures: int,  # $n-h$: how often it did not
     a: float = 1.0,  # prior $\mathrm{Beta}(a,b)$; 1, 1 is flat
     b: float = 1.0,
 ) -> tuple[float, float, float]:  # $a'$ and $b'$ of the posterior, and $\log p(D)$
