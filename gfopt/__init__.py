@@ -19,6 +19,8 @@ _WHERE = {
     "gfopt.bayes.posterior": "bayes_posterior",
     "gfopt.bayes.gp": "GaussianProcess",
     "gfopt.bayes.bayesopt": "BayesianOptimization",
+    "gfopt.bayes.trust_region": "TuRBO",
+    "gfopt.bayes.tpe": "TPE",
     "gfopt.lm.zeroth_order": "ZerothOrder",
     "gfopt.lm.evolution": "LowRankES",
     "gfopt.lm.subspace": "subspace",

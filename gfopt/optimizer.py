@@ -386,6 +386,8 @@ METHODS = {
     "crfmnes": "gfopt.search.large:CRFMNES",
     "nsga2": "gfopt.search.pareto:NSGA2",
     "bo": "gfopt.bayes.bayesopt:BayesianOptimization",
+    "turbo": "gfopt.bayes.trust_region:TuRBO",
+    "tpe": "gfopt.bayes.tpe:TPE",
 }
 
 
