@@ -658,3 +658,13 @@ def test_constant_losses_duplicates_and_one_level_are_survived():
 def test_two_thousand_absurd_answers(monkeypatch):
     monkeypatch.setattr(BayesianOptimization, "scattered", 16)
     assert fuzz(2000) >= 2000
+
+
+def test_negative_noise_and_cost_are_refused_and_nothing_is_lost():
+    opt = BayesianOptimization(Box(0, 1, 2))
+    z = opt.ask(1)
+    for name in ("noise", "cost"):
+        with pytest.raises(ValueError, match=name):
+            opt.tell(z, [1.0], **{name: [-1.0]})
+    opt.tell(z, [1.0])
+    assert opt.best[1] == 1.0 and len(opt.pending_z) == 0

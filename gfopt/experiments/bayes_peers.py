@@ -166,7 +166,7 @@ def digits_network(seed):
     return Task(space, dict(lr=1e-2, alpha=1e-4, width=16, batch=32, act="relu", momentum=0.9), value, 0.0)
 
 
-TASKS = {n: (lambda seed, n=n: landscape(n, seed)) for n in LANDSCAPES}
+TASKS: dict[str, Callable] = {n: (lambda seed, n=n: landscape(n, seed)) for n in LANDSCAPES}
 TASKS |= {"mixed valley": mixed_valley, "conditional valley": conditional_valley, "digits network": digits_network}
 
 # %% ../../nbs/6_experiments/13_bayes_peers.ipynb #13bb0020
