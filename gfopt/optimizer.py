@@ -138,6 +138,7 @@ class Optimizer:
     foreign = False  # True: rows told without having been asked enter the method's state too
     copies_up_to = 2**20  # numbers; a larger ask is handed out as it is, to be read and not written
     one_by_one = False  # True: every point depends on those pending before it
+    hears = ()  # what `learn` is told beside the losses: "violations", "noise", "cost"
 
     def __init__(
         self,
@@ -181,13 +182,28 @@ class Optimizer:
         z,  # points, shape `(n, dim)` or `(dim,)`: asked ones in any order, or foreign ones
         y,  # their losses, shape `(n,)`, lower is better; nan or inf: the evaluation failed
         violations=None,  # of constraints, shape `(n,)` or `(n, c)`; > 0: this point is not allowed
+        *,
+        noise=None,  # known variance of each loss, shape `(n,)`; nan: not known
+        cost=None,  # of each evaluation, in seconds, tokens or money, shape `(n,)`; nan: not known
     ) -> None:
         "Learn the losses of points."
         z = z if self._pending.holds(z) else self._checked_rows(z)
         y = self.losses(y, violations, len(z))
+        beside = dict(violations=violations, noise=noise, cost=cost)
+        beside = {k: self._beside(k, beside[k], len(z)) for k in self.hears}
         tickets = self._pending.take(z)
         self.remember(tickets, z, y)
-        self.learn(tickets, z, y)
+        self.learn(tickets, z, y, **beside)
+
+    def _beside(self, name, v, n):
+        if v is None:
+            return None
+        v = self._numbers(name, v, n)
+        if v.ndim == 0 or v.numel() % n or (v.ndim > 1 and len(v) != n):
+            raise ValueError(f"{name}: shape {tuple(v.shape)} for {n} points; allowed: one row for each point")
+        if name != "violations" and (v < 0).any():
+            raise ValueError(f"{name}: {v.min().item()!r}; allowed: >= 0, nan where it is not known")
+        return v.reshape(n, -1)
 
     def losses(self, y, violations, n) -> Tensor:
         "What `learn` gets: losses (n,), float64, failed and forbidden ones +inf."

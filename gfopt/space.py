@@ -114,6 +114,11 @@ class Integer(_Range):
         "Where each cell but the last one ends; None where there are too many to tabulate."
         return [self.warp(v + 0.5) for v in range(self.low, self.high)] if self.levels <= self._TABLE else None
 
+    @cached_property
+    def centres(self) -> list | None:
+        "Coordinate of each value; None where there are too many to tabulate."
+        return [self.warp(v) for v in range(self.low, self.high + 1)] if self.levels <= self._TABLE else None
+
     @property
     def levels(self) -> int:
         "How many values there are."
@@ -276,6 +281,10 @@ class _Coordinates:
         one = torch.where(x < self.low, 2 * self.low - x, torch.where(x > self.high, 2 * self.high - x, x))
         return self.clamp(torch.where(inside, x, torch.where(self.bounded, folded, one)))
 
+    def active(self, z):
+        "Which coordinates of canonical points `z` (n, dim) count: all of them, unless there are conditions; bool (n, dim)."
+        return torch.ones(z.shape, dtype=torch.bool, device=z.device)
+
     def to(self, device=None, dtype=None):
         "The same space with its tensors elsewhere or in another precision."
         import copy
@@ -395,17 +404,29 @@ class Space(_Coordinates):
         for j, p in enumerate(self.parameters.values()):
             if p.levels:
                 z[:, j] = self._centre(p, z[:, j])
-        if any(p.when for p in self.parameters.values()):
-            for i, row in enumerate(z.tolist()):
-                on = self._decode(row)
-                z[i, [j for j, n in enumerate(self.names) if n not in on]] = 0.5
-        return z
+        return torch.where(self.active(z), z, 0.5)
+
+    def active(self, z):
+        "Which parameters exist at points whose discrete coordinates are at their centres, (n, dim) -> bool (n, dim)."
+        on = torch.ones_like(z, dtype=torch.bool)
+        for j, p in enumerate(self.parameters.values()):
+            for name, values in (p.when or {}).items():
+                k, parent = self.names.index(name), self.parameters[name]
+                at = z[:, k] if parent.levels else self._tensor([parent.encode(parent.decode(v)) for v in z[:, k].tolist()])
+                on[:, j] &= on[:, k] & torch.isin(at, self._tensor([parent.encode(v) for v in values]))
+        return on
+
+    def _tensor(self, v):
+        return torch.tensor(v, dtype=self.dtype, device=self.device)
 
     def _centre(self, p, z):
         "The very numbers that `encode` gives, computed in double precision for every dtype."
         if isinstance(p, Categorical):
             return (((z.double() * p.levels).floor().clamp(0, p.levels - 1) + 0.5) / p.levels).to(z.dtype)
-        return torch.tensor([p.warp(p.decode(v)) for v in z.tolist()], dtype=z.dtype, device=z.device)
+        if p.edges is None:
+            return torch.tensor([p.warp(p.decode(v)) for v in z.tolist()], dtype=z.dtype, device=z.device)
+        cell = torch.bucketize(z.double().contiguous(), torch.tensor(p.edges, dtype=torch.float64, device=z.device), right=True)
+        return torch.tensor(p.centres, dtype=z.dtype, device=z.device)[cell]
 
     def sample(self, n, seed=0):
         "`n` random configurations, a list of dicts."

@@ -184,8 +184,15 @@ class Study:
     def _inform(self, trials):
         "The optimiser hears of answers: losses in its sign, inf for failures."
         y = torch.tensor([self._losses(t) for t in trials], dtype=torch.float64)
-        excess = [t.excess for t in trials]
-        self.optimizer.tell(torch.stack([t.z for t in trials]), y, excess if any(excess) else None)
+        beside = {k: [t.extra.get(k, math.nan) for t in trials] for k in ("noise", "cost") if any(k in t.extra for t in trials)}
+        self.optimizer.tell(torch.stack([t.z for t in trials]), y, self._violations(trials), **beside)
+
+    @staticmethod
+    def _violations(trials):
+        "One row for each trial, zeros where none were told; None where none were told at all."
+        rows = [t.extra.get("violations", ()) for t in trials]
+        width = max(map(len, rows))
+        return [[*r, *[0.0] * (width - len(r))] for r in rows] if width else None
 
     def _losses(self, t):
         "All losses of a trial, a list where there are several."

@@ -14,6 +14,8 @@ from sklearn.gaussian_process.kernels import RBF, ConstantKernel, Matern
 from gfopt.bayes import acquisition as acq
 from gfopt.bayes.bayesopt import (
     BayesianOptimization,
+    best_bend,
+    loss_scale,
     separated,
     standard_losses,
     yeo_johnson,
@@ -30,6 +32,12 @@ from gfopt.bayes.gp import (
     snap,
     squared_distance,
 )
+from gfopt.bayes.limits import (
+    log_feasibility,
+    log_hypervolume_improvement,
+    not_dominated,
+    open_boxes,
+)
 from gfopt.bayes.posterior import (
     bayes_posterior,
     gaussian_posterior,
@@ -37,8 +45,11 @@ from gfopt.bayes.posterior import (
     linear_predictive,
     log_posterior,
 )
+from gfopt.experiments.bayes_peers import fuzz
 from gfopt.functions import FUNCTIONS
+from gfopt.search.pareto import hypervolume
 from gfopt.space import Box, Categorical, Integer, Real, Space
+from gfopt.study import Study
 
 MIXED = Space(lr=Real(1e-5, 1e-1, log=True), batch=Integer(8, 256, log=True), opt=Categorical(["adam", "sgd", "lion"]),
               momentum=Real(0, 1, when={"opt": ["sgd"]}), one=Categorical(["only"]))
@@ -209,7 +220,7 @@ def test_condition_equals_a_new_fit_with_the_same_settings():
     np.testing.assert_allclose(a.predict(X + 0.1), b.predict(X + 0.1), rtol=1e-10)
 
 
-@pytest.mark.parametrize("bad", [dict(kernel="linear"), dict(noise=-1.0), dict(noise=math.nan)])
+@pytest.mark.parametrize("bad", [dict(kernel="linear"), dict(noise=-1.0), dict(noise=math.inf)])
 def test_gp_refuses_settings(bad):
     with pytest.raises(ValueError, match=next(iter(bad))):
         GaussianProcess(**bad)
@@ -432,3 +443,228 @@ def test_separated_starts():
     chosen = separated(X, X[:, 0], distance, count=4, least=0.04)
     assert chosen[0] == X[:, 0].argmax() and len(chosen) == 4
     assert distance(X[chosen], X[chosen])[np.triu_indices(4, 1)].min() > 0.04
+
+
+@pytest.mark.parametrize("lam", [0.0, 0.3, 1.0])
+def test_the_bend_is_the_likeliest_and_never_presses_good_losses_together(lam):
+    from scipy.stats import yeojohnson_llf
+    rng = np.random.default_rng(int(10 * lam))
+    t = rng.standard_normal(40)
+    t = np.exp(2 * (1 - lam) * t) if lam < 1 else -np.exp(t)  # the last has its tail on the good side
+    t = (t - t.mean()) / t.std()
+    lams = np.linspace(0, 1, 21)
+    assert best_bend(t) == lams[np.argmax([yeojohnson_llf(v, t) for v in lams])] <= 1
+
+
+def test_slope_of_the_loss_scale():
+    y = np.array([2.3, 2.1, np.inf, 2.2, 1000.0, 2.15, 14.0])
+    standard, v = loss_scale(y), np.array([1.0, 2.12, 2.5, 6.0])
+    np.testing.assert_allclose(standard(v)[1], (standard(v + 1e-6)[0] - standard(v - 1e-6)[0]) / 2e-6, rtol=1e-5)
+    np.testing.assert_array_equal(standard(y)[0], standard_losses(y))
+
+
+# --- noise, a prior mean, what is still out ------------------------------------------------------------------------
+def test_known_noise_of_some_losses_and_fitted_noise_of_the_rest():
+    rng = np.random.default_rng(3)
+    X, y, theta = rng.random((15, 3)), rng.standard_normal(15), rng.normal(-0.5, 0.3, 5)
+    D, known = pair_distances(X, np.zeros(3, bool)), np.where(np.arange(15) < 6, np.nan, rng.random(15))
+    grad = central(lambda t: log_marginal(t, D, y, matern52, known)[0], theta)
+    np.testing.assert_allclose(log_marginal(theta, D, y, matern52, known)[1], grad, rtol=1e-5, atol=1e-7)
+    filled = np.where(np.isnan(known), np.exp(theta[-1]), known)
+    assert math.isclose(log_marginal(theta, D, y, matern52, known)[0], log_marginal(theta, D, y, matern52, filled)[0], rel_tol=1e-12)
+
+
+def test_noise_told_to_a_study_reaches_the_process_as_a_variance(tmp_path):
+    def belief(noise, journal=None):
+        with Study([(0, 1)], "bo", initial=3, journal=journal) as study:
+            for value in (1.0, 2.0, 3.0, 1.5):
+                study.tell(study.ask(), value, noise=noise)
+            return study.optimizer._posterior()[0][0], study.optimizer.ask(1)
+    y, (gp, z) = np.array([1.0, 2.0, 3.0, 1.5]), belief(0.04, tmp_path / "a.jsonl")
+    np.testing.assert_allclose(np.sort(gp._noise), np.sort(0.04 * loss_scale(y)(y)[1] ** 2), rtol=1e-10)
+    assert gp._noise.min() > 5 * belief(None)[0]._noise.max()
+    again = Study([(0, 1)], "bo", initial=3, journal=tmp_path / "a.jsonl")
+    assert torch.equal(again.optimizer.ask(1), z)
+
+
+def test_condition_grows_the_factor():
+    rng = np.random.default_rng(0)
+    X, y = rng.random((12, 2)), rng.standard_normal(12)
+    kw = dict(lengthscale=0.3, noise=1e-3, standardise=False, mean=lambda X: X.sum(1))
+    a, b = GaussianProcess(**kw).fit(X[:7], y[:7]).condition(X[7:], y[7:], noise=1e-3), GaussianProcess(**kw).fit(X, y)
+    np.testing.assert_allclose(a._L, b._L, atol=1e-12)
+    np.testing.assert_allclose(a.predict(X + 0.1), b.predict(X + 0.1), rtol=1e-9)
+
+
+def test_a_prior_mean_is_where_the_posterior_returns_to():
+    gp = GaussianProcess(lengthscale=0.1, mean=lambda X: 5 + X[:, 0], standardise=False).fit([[0.5]], [0.0])
+    np.testing.assert_allclose(gp.predict([[9.0], [0.5]])[0], [14, 0], atol=1e-6)
+    with pytest.raises(ValueError, match="mean"):
+        GaussianProcess(mean=lambda X: np.full(len(X), np.nan)).fit([[0.5]], [0.0])
+
+
+def test_a_law_leads_the_first_question_and_the_losses_correct_it():
+    space = Space(lr=Real(1e-5, 1e-1, log=True), n=Integer(1, 9))
+    law = lambda rows: [(math.log10(p["lr"]) + 3) ** 2 + (p["n"] - 5) ** 2 for p in rows]
+    opt = BayesianOptimization(space, mean=law)
+    p = space.decode(opt.ask(1))[0]
+    assert abs(math.log10(p["lr"]) + 3) < 0.5 and p["n"] == 5
+    z = opt.ask(8)
+    assert len({tuple(r) for r in z.tolist()}) == 8
+    true = lambda rows: [(math.log10(p["lr"]) + 2.5) ** 2 + 0.1 * (p["n"] - 4) ** 2 + 7 for p in rows]
+    wrong = run(space, lambda z: true(space.decode(z)), 15, mean=law)
+    assert wrong.best[1] < 7.05
+    box = BayesianOptimization(Box(-1, 1, 2), mean=lambda x: (x**2).sum(1))
+    assert (box.ask(1) ** 2).sum() < 0.2
+    with pytest.raises(TypeError, match="mean"):
+        BayesianOptimization(space, mean=3)
+
+
+def test_two_points_without_a_parameter_are_no_distance_apart_along_it():
+    space = Space(opt=Categorical(["adam", "sgd"]), momentum=Real(0, 1, when={"opt": ["sgd"]}), k=Integer(1, 5, when={"opt": ["adam"]}))
+    z = space.canonical(torch.rand(200, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64))
+    adam = z[:, 0] < 0.5
+    assert (z[adam, 1] == 0.5).all() and (z[~adam, 2] == 0.5).all()
+    assert torch.equal(space.active(z)[:, 1], ~adam) and torch.equal(space.active(z)[:, 2], adam)
+    opt = BayesianOptimization(space, initial=3)
+    for _ in range(10):
+        z = opt.ask(1)
+        assert torch.equal(z, space.canonical(z))
+        opt.tell(z, [p.get("momentum", 0.3) for p in space.decode(z)])
+
+
+# --- limits, costs, fronts -----------------------------------------------------------------------------------------
+def test_feasibility_equals_mpmath_and_its_slopes_differences():
+    mean, sd = np.array([[-3.0, 0.5, 40.0, 2e4]]), np.array([[1.0, 2.0, 1.0, 1.0]])
+    with mpmath.workdps(400):
+        exact = [float(mpmath.log(mpmath.erfc(mpmath.mpf(m) / s / mpmath.sqrt(2)) / 2)) for m, s in zip(mean[0, :3], sd[0, :3])]
+    value, dm, ds = log_feasibility(mean, sd)
+    np.testing.assert_allclose(value[:3], exact, rtol=1e-12)
+    h = 1e-6
+    np.testing.assert_allclose(dm[0, :3], ((log_feasibility(mean + h, sd)[0] - log_feasibility(mean - h, sd)[0]) / 2 / h)[:3], rtol=1e-5)
+    np.testing.assert_allclose(ds[0, :3], ((log_feasibility(mean, sd + h)[0] - log_feasibility(mean, sd - h)[0]) / 2 / h)[:3], rtol=1e-5)
+    assert np.isfinite([value, dm[0], ds[0]]).all()
+
+
+@pytest.mark.parametrize("m", [1, 2, 3])
+def test_hypervolume_improvement(m):
+    rng = np.random.default_rng(m)
+    F, reference = rng.random((6, m)), np.ones(m)
+    F = F[not_dominated(F)]
+    low, high = open_boxes(F, reference)
+    mean, sd = rng.random((m, 20)), rng.uniform(0.05, 0.3, (m, 20))
+    sharp = np.exp(log_hypervolume_improvement(mean, np.full((m, 20), 1e-9), low, high)[0])
+    added = [hypervolume(np.vstack([F, y]), reference) - hypervolume(F, reference) for y in mean.T]
+    np.testing.assert_allclose(sharp, added, atol=1e-8)
+    value, dm, ds = log_hypervolume_improvement(mean, sd, low, high)
+    for j in range(m):
+        step = 1e-6 * (np.arange(m) == j)[:, None]
+        at = lambda a, b: log_hypervolume_improvement(mean + a, sd + b, low, high)[0]
+        np.testing.assert_allclose(dm[j], (at(step, 0) - at(-step, 0)) / 2e-6, rtol=1e-5, atol=1e-7)
+        np.testing.assert_allclose(ds[j], (at(0, step) - at(0, -step)) / 2e-6, rtol=1e-5, atol=1e-7)
+    if m == 1:
+        np.testing.assert_allclose(value, acq.log_expected_improvement(mean[0], sd[0], F.min())[0], rtol=1e-12)
+
+
+def test_the_best_allowed_point_is_on_the_limit():
+    def told(z):
+        return dict(value=((z - 0.5) ** 2).sum().item(), violations=[z.sum().item() - 0.9, -1.0])
+    study = Study([(0, 1), (0, 1)], "bo", seed=1)
+    study.optimize(lambda x: told(x), 25, progress=False)
+    assert study.best.excess == 0 and study.best.value < 0.0058  # exact 0.005
+    assert study.optimizer.best[1] == study.best.value and study.optimizer._limits == 2
+    assert sum(t.excess > 0 for t in study.trials[10:]) <= 9
+
+
+def test_nothing_allowed_yet_looks_for_what_is():
+    opt = BayesianOptimization(Box(0, 1, 2), seed=0)
+    for _ in range(14):
+        z = opt.ask(1)
+        opt.tell(z, z.sum(1), violations=0.15 - z.prod(1).sqrt() + 0.7)  # allowed in the far corner only
+    assert opt.best[0] is not None
+
+
+def test_cost_makes_the_search_cheaper():
+    price = lambda z: 10 ** (2 * z[:, 0])
+    spent = []
+    for told in (False, True):
+        opt, total = BayesianOptimization(Box(0, 1, 2), seed=2), 0
+        for _ in range(18):
+            z = opt.ask(1)
+            total += price(z).item()
+            opt.tell(z, (z[:, 1] - 0.3) ** 2 + 0.02 * z[:, 0], cost=price(z) if told else None)
+        spent.append(total)
+    assert spent[1] < spent[0]
+
+
+def test_two_losses_make_a_front_and_equal_points_whatever_the_order_of_telling():
+    f = lambda z: torch.stack([z[:, 0], (1 + z[:, 1]) * (1 - z[:, 0].sqrt())], 1)
+    a, b = BayesianOptimization(Box(0, 1, 2), seed=1), BayesianOptimization(Box(0, 1, 2), seed=1)
+    for _ in range(8):
+        z = a.ask(2)
+        assert torch.equal(z, b.ask(2))
+        a.tell(z, f(z))
+        for i in (1, 0):
+            b.tell(z[i], f(z[i : i + 1]))
+    z, y = a.front
+    assert torch.equal(y, b.front[1]) and (y[:, 0].diff() > 0).all() and (y[:, 1].diff() < 0).all()
+    points = BayesianOptimization(Box(0, 1, 2), seed=9).space.uniform(16, torch.Generator().manual_seed(0))
+    assert hypervolume(y, [1.1, 2.1]) > hypervolume(f(points), [1.1, 2.1])
+    a.tell(a.ask(1), [math.nan])
+    with pytest.raises(ValueError, match="3 losses"):
+        a.tell(a.ask(1), [[1.0, 2.0, 3.0]])
+
+
+def test_a_study_with_several_losses_resumes_with_equal_points(tmp_path):
+    def f(p):
+        return (p["a"], (1 - p["a"]) ** 2 + p["b"])
+    space = Space(a=Real(0, 1), b=Real(0, 1))
+    with Study(space, "bo", journal=tmp_path / "j") as study:
+        result = study.optimize(f, 12, progress=False)
+        z = study.ask().z
+    assert len(result.front.x) >= 2
+    with Study(space, "bo", journal=tmp_path / "j") as again:
+        assert torch.equal(again.ask().z, z)
+
+
+def test_explain_speaks_in_units_of_the_loss():
+    f = lambda z: 100 + 50 * ((z - 0.3) ** 2).sum(1)
+    opt = run(Box(0, 1, 2), f, 20)
+    told = opt.explain(opt.best[0])
+    assert abs(told["mean"] - opt.best[1]) < 0.1 and told["interval"][0] <= told["mean"] <= told["interval"][1]
+    assert told["sd"] >= 0 and set(told["length_scales"]) == {"x0", "x1"} and math.isfinite(told["acquisition"])
+    assert BayesianOptimization(Box(0, 1, 2)).explain(torch.zeros(2)) == {}
+    assert opt.explain(torch.tensor([1.0, 1.0]))["mean"] > told["mean"]
+
+
+# --- what tuning throws at it --------------------------------------------------------------------------------------
+def test_maximising_the_negative_asks_identical_points():
+    f = lambda x: float(((x - 0.3) ** 2).sum())
+    a, b = Study([(0, 1)] * 2, "bo", maximize=False), Study([(0, 1)] * 2, "bo", maximize=True)
+    a.optimize(f, 14, progress=False)
+    b.optimize(lambda x: -f(x), 14, progress=False)
+    assert all(torch.equal(s.z, t.z) for s, t in zip(a.trials, b.trials, strict=True))
+
+
+def test_constant_losses_duplicates_and_one_level_are_survived():
+    space = Space(a=Real(0, 1), one=Categorical(["only"]), k=Integer(3, 3))
+    opt = run(space, lambda z: torch.ones(len(z)), 9, initial=2)
+    z = opt.ask(1)
+    for _ in range(4):
+        opt.tell(z, [1.0 + 0.1 * _])
+    assert torch.isfinite(opt.ask(2)).all()
+
+
+def test_two_thousand_absurd_answers(monkeypatch):
+    monkeypatch.setattr(BayesianOptimization, "scattered", 16)
+    assert fuzz(2000) >= 2000
+
+
+def test_negative_noise_and_cost_are_refused_and_nothing_is_lost():
+    opt = BayesianOptimization(Box(0, 1, 2))
+    z = opt.ask(1)
+    for name in ("noise", "cost"):
+        with pytest.raises(ValueError, match=name):
+            opt.tell(z, [1.0], **{name: [-1.0]})
+    opt.tell(z, [1.0])
+    assert opt.best[1] == 1.0 and len(opt.pending_z) == 0

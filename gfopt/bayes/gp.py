@@ -9,8 +9,8 @@ __all__ = ['KERNELS', 'rbf', 'matern52', 'snap', 'squared_distance', 'safe_chole
 # %% ../../nbs/3_bayes/03_gp.ipynb #b961972b
 from functools import lru_cache
 import numpy as np
-from scipy.linalg import cho_solve, cholesky, solve_triangular
-from scipy.linalg.lapack import dpotri
+from scipy.linalg import solve_triangular
+from scipy.linalg.lapack import dpotrf, dpotri, dpotrs
 from scipy.optimize import minimize
 from scipy.spatial.distance import cdist
 
@@ -62,8 +62,8 @@ def safe_cholesky(
 ) -> tuple[np.ndarray, float]:  # $L$ with $LL^\top=K+\text{jitter}\,I$, and the jitter
     "Cholesky factor, with a jitter of 0, 1e-10, 1e-9, ... times the mean diagonal: the first that works."
     for jitter in (0.0, *(np.trace(K) / len(K) * 10.0 ** np.arange(-10, 1))):
-        try: return cholesky(K + jitter * np.eye(len(K)), lower=True, check_finite=False), jitter
-        except np.linalg.LinAlgError: pass
+        L, wrong = dpotrf(K + jitter * np.eye(len(K)) if jitter else K, lower=1)
+        if wrong == 0 and np.isfinite(L[-1, -1]): return L, jitter
     raise ValueError("K must be a finite covariance matrix; no jitter up to its own diagonal made it positive definite")
 
 # %% ../../nbs/3_bayes/03_gp.ipynb #be28418e
@@ -74,8 +74,8 @@ def gp_posterior(
     y: np.ndarray,  # losses, shape `(n,)`
 ) -> tuple[np.ndarray, np.ndarray]:  # mean and variance, shape `(m,)` each
     "Posterior of a Gaussian process at m points by triangular solves, Eq. (3.3.6)."
-    alpha = cho_solve((L, True), y)
-    V = solve_triangular(L, Ks, lower=True)
+    alpha = dpotrs(L, y, lower=1)[0]
+    V = solve_triangular(L, Ks, lower=True, check_finite=False)
     return Ks.T @ alpha, np.maximum(kss - (V * V).sum(0), 0.0)
 
 # %% ../../nbs/3_bayes/03_gp.ipynb #e40d2533
@@ -97,60 +97,55 @@ def log_marginal(
     D: np.ndarray,  # pair distances, shape `(n (n-1) / 2, d)`
     y: np.ndarray,  # losses, shape `(n,)`
     kernel=matern52,
-    noise: np.ndarray | float | None = None,  # known $\tau^2$, scalar or `(n,)`, in place of the last $\theta$
+    noise: np.ndarray | float | None = None,  # known $\tau_i^2$, scalar or `(n,)`, nan where it is the last $\theta$; None: everywhere
 ) -> tuple[float, np.ndarray]:  # $\log p(y|\theta)$ and its gradient, shape `(d + 2,)`
     "Log evidence of the losses, Eq. (3.3.7), and its gradient, Eq. (3.3.8)."
     n, (a, b) = len(y), _pairs(len(y))
     w, scale, tau2 = np.exp(-2 * theta[:-2]), np.exp(theta[-2]), np.exp(theta[-1])
+    unknown = np.isnan(np.full(n, np.nan) if noise is None else np.broadcast_to(noise, n))
     k, slope = kernel(D @ w)
     K = np.zeros((n, n))
     K[a, b] = scale * k
-    K[np.diag_indices(n)] = scale + (tau2 if noise is None else noise)
+    K[np.diag_indices(n)] = scale + np.where(unknown, tau2, 0.0 if noise is None else noise)
     L, _ = safe_cholesky(K)
-    alpha = cho_solve((L, True), y, check_finite=False)
+    alpha = dpotrs(L, y, lower=1)[0]
     value = -y @ alpha / 2 - np.log(np.diag(L)).sum() - n / 2 * np.log(2 * np.pi)
     inverse = dpotri(L, lower=1)[0]
     pair = alpha[a] * alpha[b] - inverse[a, b]           # each pair occurs twice: no factor 1/2
-    diagonal = (alpha ** 2 - np.diag(inverse)).sum() / 2
+    diagonal = (alpha ** 2 - np.diag(inverse)) / 2
     grad = np.empty_like(theta)
     grad[:-2] = -2 * w * scale * ((pair * slope) @ D)
-    grad[-2] = scale * (pair @ k + diagonal)
-    grad[-1] = tau2 * diagonal if noise is None else 0.0
+    grad[-2:] = scale * (pair @ k + diagonal.sum()), tau2 * diagonal[unknown].sum()
     return value, grad
 
 # %% ../../nbs/3_bayes/03_gp.ipynb #fa110062
 def log_prior(
     theta: np.ndarray,  # $\log\ell_j$, $\log a$, $\log\tau^2$: shape `(d + 2,)`
 ) -> tuple[float, np.ndarray]:  # $\log p(\theta)$ up to a constant, and its gradient
-    "What we believe of length scales, amplitude and noise before any loss, Eq. (3.3.9) (Hvarfner et al., 2024)."
-    length, scale, tau2, d = theta[:-2], np.exp(theta[-2]), np.exp(theta[-1]), len(theta) - 2
-    grad = np.append(np.zeros(d), [1 - scale, .1 - 30 * tau2])
-    if d <= 10:
-        l2 = np.exp(2 * length)
-        value, grad[:-2] = -.1 * (l2 + 1 / l2).sum(), -.2 * (l2 - 1 / l2)
-    else:
-        offset = length - np.sqrt(2) - np.log(d) / 2
-        value, grad[:-2] = -(offset ** 2).sum() / 6, -offset / 3
-    return value + theta[-2] - scale + .1 * theta[-1] - 30 * tau2, grad
+    "What we believe of length scales, amplitude and noise before any loss, Eq. (3.3.9)."
+    l2, scale, tau2 = np.exp(2 * theta[:-2]), np.exp(theta[-2]), np.exp(theta[-1])
+    value = -.1 * (l2 + 1 / l2).sum() + theta[-2] - scale + .1 * theta[-1] - 30 * tau2
+    return value, np.append(-.2 * (l2 - 1 / l2), [1 - scale, .1 - 30 * tau2])
 
 # %% ../../nbs/3_bayes/03_gp.ipynb #5eee6bc4
 class GaussianProcess:
-    "Exact Gaussian process regression in float64, Eq. (3.3.5) to (3.3.10) (Rasmussen & Williams, 2006)."
+    "Exact Gaussian process regression in float64, Eq. (3.3.5) to (3.3.11) (Rasmussen & Williams, 2006)."
     floor = 1e-8   # least noise on standardised losses: what keeps duplicates harmless
     def __init__(self,
         kernel: str = "matern52",  # "matern52" or "rbf"
         levels=None,  # levels of each discrete coordinate, 0 for a real one, shape `(d,)`
         ordered=None,  # False only for unordered categories, shape `(d,)`
-        noise=None,  # known variance of the losses, scalar or `(n,)`; None: fitted, or the floor beside a known lengthscale
+        noise=None,  # known variance of the losses, scalar or `(n,)`, nan: fitted; None: fitted, or the floor beside a known lengthscale
         lengthscale=None,  # known $\ell_j$, scalar or `(d,)`; None: fitted together with the amplitude
         scale: float = 1.0,  # amplitude $a$ beside a known lengthscale, in units of the (standardised) losses
         standardise: bool = True,  # subtract the mean of the losses, divide by their deviation
+        mean=None,  # prior mean: points `(m, d)` -> losses `(m,)`; None: a constant
     ):
         if kernel not in KERNELS: raise ValueError(f"kernel must be one of {sorted(KERNELS)}, got {kernel!r}")
-        if noise is not None and not (np.isfinite(noise).all() and (np.asarray(noise) >= 0).all()):
-            raise ValueError(f"noise must be a finite variance >= 0 or None, got {noise!r}")
+        if noise is not None and not (np.isfinite(noise) & (np.asarray(noise) >= 0) | np.isnan(noise)).all():
+            raise ValueError(f"noise must be a finite variance >= 0, nan or None, got {noise!r}")
         self.kernel, self.levels, self.ordered, self.noise = kernel, levels, ordered, noise
-        self.lengthscale, self.scale, self.standardise = lengthscale, scale, standardise
+        self.lengthscale, self.scale, self.standardise, self.mean = lengthscale, scale, standardise, mean
 
     def fit(self, X, y):
         "Learn from losses y, shape (n,), at points X, shape (n, d); returns self."
@@ -159,15 +154,28 @@ class GaussianProcess:
             raise ValueError(f"X (n, d) and y (n,) must be finite, of one length n >= 1, got {X.shape} and {y.shape}")
         d = X.shape[1]
         self._levels = np.zeros(d, int) if self.levels is None else np.asarray(self.levels)
-        ordered = np.ones(d, bool) if self.ordered is None else np.asarray(self.ordered)
-        self._category = (self._levels > 0) & ~ordered
+        self._category = np.zeros(d, bool) if self.ordered is None else (self._levels > 0) & ~np.asarray(self.ordered)
+        self._X = snap(X, self._levels)
+        y = y - self._prior(self._X)
         self._shift, self._unit = (y.mean(), y.std()) if self.standardise else (0.0, 1.0)
         # a spread at rounding level is a constant: dividing by it would magnify nothing into a signal
         if self._unit <= 1e-14 * np.abs(y).max(): self._unit = 1.0
-        self._X, self._t = snap(X, self._levels), (y - self._shift) / self._unit
-        self._noise = None if self.noise is None else np.broadcast_to(self.noise / self._unit ** 2, y.shape)
+        self._t = (y - self._shift) / self._unit
+        self._noise = np.full(len(y), np.nan) if self.noise is None else np.broadcast_to(np.asarray(self.noise) / self._unit ** 2, y.shape)
         self.theta = self._maximise(d)
-        return self._factor()
+        self._noise = np.where(np.isnan(self._noise), np.exp(self.theta[-1]), self._noise)
+        K = self._cross(self._X)
+        K[np.diag_indices(len(K))] += self._noise
+        self._L, self.jitter = safe_cholesky(K)
+        self._alpha = dpotrs(self._L, self._t, lower=1)[0]
+        return self
+
+    def _prior(self, X):
+        if self.mean is None: return 0.0
+        m = np.asarray(self.mean(X), float)
+        if m.shape != X.shape[:1] or not np.isfinite(m).all():
+            raise ValueError(f"mean must give one finite loss for each of {len(X)} points, got {m!r}")
+        return m
 
     def _maximise(self, d):
         if self.lengthscale is not None:
@@ -177,22 +185,16 @@ class GaussianProcess:
             (p, dp), (q, dq) = log_marginal(theta, D, self._t, KERNELS[self.kernel], self._noise), log_prior(theta)
             return -p - q, -dp - dq
         bounds = [(np.log(.005), np.log(500.0))] * d + [(-7, 7), (np.log(self.floor), 0)]
-        unit = 0.0 if d <= 10 else np.log(d) / 2
-        starts = [np.append(np.full(d, unit + s), [0, t]) for s, t in ((-.7, -9.0), (.5, -4.0))]
+        starts = [np.append(np.full(d, s), [0, t]) for s, t in ((-.7, -9.0), (.5, -4.0))]
         fits = [minimize(loss, s, jac=True, method="L-BFGS-B", bounds=bounds, options=dict(maxiter=60)) for s in starts]
         return min(fits, key=lambda r: r.fun).x
 
-    def _factor(self):
-        self._w, self._a = np.exp(-2 * self.theta[:-2]), np.exp(self.theta[-2])
-        tau2 = np.exp(self.theta[-1]) if self._noise is None else self._noise
-        K = self._cross(self._X)
-        K[np.diag_indices(len(K))] += tau2
-        self._L, self.jitter = safe_cholesky(K)
-        self._alpha = cho_solve((self._L, True), self._t)
-        return self
+    @property
+    def _w(self): return np.exp(-2 * self.theta[:-2])
 
-    def _cross(self, A):
-        return self._a * KERNELS[self.kernel](squared_distance(self._X, A, self._w, self._category))[0]
+    def _cross(self, A, B=None):
+        s = squared_distance(self._X if B is None else B, A, self._w, self._category)
+        return np.exp(self.theta[-2]) * KERNELS[self.kernel](s)[0]
 
     def predict(self,
         Xs,  # points, shape `(m, d)`
@@ -200,30 +202,39 @@ class GaussianProcess:
     ):  # mean and variance of the noiseless objective, shape `(m,)` each
         "Posterior mean and variance, Eq. (3.3.6), in units of the losses."
         Xs = snap(np.array(Xs, float, ndmin=2), self._levels)
-        Ks, unit = self._cross(Xs), self._unit
-        mean, variance = gp_posterior(self._L, Ks, self._a, self._t)
+        Ks = self._cross(Xs)
+        mean, variance = gp_posterior(self._L, Ks, np.exp(self.theta[-2]), self._t)
         if covariance:
             V = solve_triangular(self._L, Ks, lower=True)
-            variance = self._a * KERNELS[self.kernel](squared_distance(Xs, Xs, self._w, self._category))[0] - V.T @ V
-        return self._shift + unit * mean, unit ** 2 * variance
+            variance = self._cross(Xs, Xs) - V.T @ V
+        return self._prior(Xs) + self._shift + self._unit * mean, self._unit ** 2 * variance
 
     def slopes(self, x):
         "Mean, variance and their gradients at one point x, shape (d,), Eq. (3.3.10); 0 along discrete coordinates."
-        k, slope = KERNELS[self.kernel](squared_distance(x[None], self._X, self._w, self._category)[0])
-        k = self._a * k
-        solved = cho_solve((self._L, True), k, check_finite=False)
-        dk = (2 * self._a * slope)[:, None] * (x - self._X) * (self._w * (self._levels == 0))
-        unit = self._unit
-        return (self._shift + unit * (k @ self._alpha), unit ** 2 * max(self._a - k @ solved, 0.0),
-                unit * (self._alpha @ dk), -2 * unit ** 2 * (solved @ dk))
+        a, w, unit = np.exp(self.theta[-2]), self._w, self._unit
+        k, slope = KERNELS[self.kernel](squared_distance(x[None], self._X, w, self._category)[0])
+        k = a * k
+        solved = dpotrs(self._L, k, lower=1)[0]
+        dk = (2 * a * slope)[:, None] * (x - self._X) * (w * (self._levels == 0))
+        mean, along = self._shift + unit * (k @ self._alpha), unit * (self._alpha @ dk)
+        if self.mean is not None:                 # nobody told us the slope of the prior: central differences
+            steps = 1e-6 * np.diag(self._levels == 0)
+            ends = self._prior(np.concatenate([x[None], x + steps, x - steps]))
+            mean, along = mean + ends[0], along + (ends[1:len(x) + 1] - ends[len(x) + 1:]) / 2e-6
+        return mean, unit ** 2 * max(a - k @ solved, 0.0), along, -2 * unit ** 2 * (solved @ dk)
 
     def condition(self, X, y, noise=0.0):
-        "The same process after further losses y at X, hyper-parameters and units kept; returns a new one."
+        "The same process after further losses y at X, hyper-parameters and units kept, Eq. (3.3.11); returns a new one."
         new = GaussianProcess.__new__(GaussianProcess)
         new.__dict__.update(self.__dict__)
-        tau2 = np.exp(self.theta[-1]) if self._noise is None else self._noise
-        new._X = np.concatenate([self._X, snap(np.array(X, float, ndmin=2), self._levels)])
-        new._t = np.append(self._t, (np.asarray(y, float) - self._shift) / self._unit)
-        extra = max(noise / self._unit ** 2, self.floor)
-        new._noise = np.append(np.broadcast_to(tau2, self._t.shape), np.full(len(new._t) - len(self._t), extra))
-        return new._factor()
+        X = snap(np.array(X, float, ndmin=2), self._levels)
+        V = solve_triangular(self._L, self._cross(X), lower=True, check_finite=False)
+        extra = np.full(len(X), max(noise / self._unit ** 2, self.floor))
+        S, more = safe_cholesky(self._cross(X, X) + np.diag(extra) - V.T @ V)
+        n = len(self._X)
+        new._L = np.zeros((n + len(X), n + len(X)), order="F")
+        new._L[:n, :n], new._L[n:, :n], new._L[n:, n:], new.jitter = self._L, V.T, np.tril(S), max(self.jitter, more)
+        new._X, new._noise = np.concatenate([self._X, X]), np.append(self._noise, extra)
+        new._t = np.append(self._t, (np.asarray(y, float) - self._prior(X) - self._shift) / self._unit)
+        new._alpha = dpotrs(new._L, new._t, lower=1)[0]
+        return new
