@@ -19,6 +19,7 @@ _WHERE = {
     "gfopt.bayes.posterior": "bayes_posterior",
     "gfopt.bayes.gp": "GaussianProcess",
     "gfopt.bayes.bayesopt": "BayesianOptimization",
+    "gfopt.bayes.multifidelity": "Fidelity SuccessiveHalving Hyperband ASHA",
     "gfopt.lm.zeroth_order": "ZerothOrder",
     "gfopt.lm.evolution": "LowRankES",
     "gfopt.lm.subspace": "subspace",

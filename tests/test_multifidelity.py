@@ -163,6 +163,21 @@ def test_nothing_is_drawn_and_nobody_else_is_disturbed(name):
     assert torch.equal(before[0], torch.get_rng_state()) and before[1] == np.random.get_state()[1].tolist() and before[2] == random.getstate()
 
 
+def test_asha_serves_the_highest_level_first():
+    s = ASHA(Fidelity("tokens", 1, 9))
+    for t in range(9):
+        s.ask(t)
+    for t in range(9):
+        s.tell(t, 0, t)
+    assert [s.ask(9) for _ in range(3)] == [Job(0, 1), Job(1, 1), Job(2, 1)]
+    assert [s.ask(t) for t in (9, 10)] == [Job(9, 0), Job(10, 0)]
+    for t in (9, 10):
+        s.tell(t, 0, -t)
+    for t in (0, 1, 2):
+        s.tell(t, 1, t)
+    assert [s.ask(11) for _ in range(4)] == [Job(0, 2), Job(10, 1), Job(9, 1), Job(11, 0)]
+
+
 def test_a_scheduler_takes_one_answer_for_each_job():
     s = ASHA(LADDER)
     assert s.ask("a") == Job("a", 0) and s.running == 1
@@ -181,8 +196,8 @@ def test_a_single_level_is_plain_search():
 
 # ---- belief
 def test_belief_is_the_chain_of_median_falls():
-    seen = [dict(a=5.0, b=4.0, c=6.0, d=7.0), dict(a=4.0, b=2.0, d=math.inf), dict(b=1.5)]
-    assert believed(seen, "c") == 6.0 - 1.5 - 0.5 and believed(seen, "a") == 4.0 - 0.5 and believed(seen, "b") == 1.5
+    seen = [dict(a=5.0, b=4.0, c=6.0, d=7.0, e=9.0), dict(a=4.0, b=2.0, d=math.inf, e=1.0), dict(b=1.5)]
+    assert believed(seen, "c") == 6.0 - 2.0 - 0.5 and believed(seen, "a") == 4.0 - 0.5 and believed(seen, "b") == 1.5
     assert believed(seen, "d") == math.inf  # a failure is no slow start
     two = [dict(a=(5.0, 1.0), b=(4.0, 2.0)), dict(b=(3.0, 2.5))]
     assert believed(two, "a").tolist() == [4.0, 1.5]
