@@ -96,6 +96,7 @@ def test_recording_is_whole_and_the_same_bytes_for_the_same_lines(small):
     assert json.loads(gzip.decompress(out.read_bytes())) == record and not list(out.parent.glob("*.part.jsonl"))
     for r in record["runs"]:
         assert r["seconds"] > 0 and r["session"] == 0 and len(r["losses"]) == 3
+    assert record["repeats"][0]["seed"] == 1 and record["repeats"][0]["losses"] != record["runs"][0]["losses"]
     session = record["sessions"][0]
     assert {"device", "torch", "python", "commit", "seed", "date"} <= session.keys()
     before = out.read_bytes()
