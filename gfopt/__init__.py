@@ -21,6 +21,7 @@ _WHERE = {
     "gfopt.bayes.bayesopt": "BayesianOptimization",
     "gfopt.bayes.trust_region": "TuRBO",
     "gfopt.bayes.tpe": "TPE",
+    "gfopt.bayes.multifidelity": "Fidelity SuccessiveHalving Hyperband ASHA",
     "gfopt.lm.zeroth_order": "ZerothOrder",
     "gfopt.lm.evolution": "LowRankES",
     "gfopt.lm.subspace": "subspace",

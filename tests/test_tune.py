@@ -4,6 +4,7 @@ import concurrent.futures as cf
 import itertools
 import json
 import math
+import multiprocessing
 import threading
 
 import numpy as np
@@ -12,9 +13,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gfopt.bayes.multifidelity import ASHA
 from gfopt.experiments import tuning
 from gfopt.lm.text import ByteTokenizer, Corpus, Domain
-from gfopt.lm.tune import Fidelity, Pruned, _Charged, goes_on, tune
+from gfopt.lm.tune import Fidelity, Pruned, Report, _leg, step_law, step_law_mean, tune
+from gfopt.optimizer import settings_of
 from gfopt.space import Integer, Real, Space
 
 SPACE = Space(lr=Real(1e-4, 1.0, log=True), rows=Integer(2, 64, log=True))
@@ -34,26 +37,6 @@ def training(p, tokens, report):
     return bowl(p)
 
 
-# ---- fidelity and rule
-@given(st.integers(1, 50), st.integers(0, 10**6), st.integers(2, 5))
-def test_rungs_are_powers_by_multiplication(low, more, eta):
-    rungs = Fidelity("tokens", low, low + more, eta).rungs
-    assert rungs == [r for r in (low * eta**k for k in range(25)) if r < low + more]
-
-
-@pytest.mark.parametrize("bad", [dict(low=0, high=5), dict(low=6, high=5), dict(low=1, high=5, eta=1)])
-def test_fidelity_refuses(bad):
-    with pytest.raises(ValueError, match=r"allowed: >="):
-        Fidelity("tokens", **bad)
-
-
-@given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=40, unique=True), st.integers(2, 5))
-def test_rule_lets_the_best_share_pass(seen, eta):
-    assert sum(goes_on(y, seen, eta) for y in seen) == max(1, len(seen) // eta)
-    assert goes_on(min(seen), seen, eta)
-    assert not goes_on(math.nan, [*seen, math.nan], eta)
-
-
 # ---- the door
 def test_default_is_first_and_costs_are_recorded():
     for method in ("random", "ga", "pso", "bo"):
@@ -63,57 +46,213 @@ def test_default_is_first_and_costs_are_recorded():
         assert len(study.trials[1].reports) == 10
 
 
-def test_asha_stops_bad_runs_and_keeps_their_values_out():
-    seen = tune(training, SPACE, "random", 20, default=DEFAULT, fidelity=PAID, scheduler="asha", **quiet)
-    full = tune(training, SPACE, "random", 20, default=DEFAULT, fidelity=PAID, **quiet)
+def continuing(p, tokens, report):
+    "The same run with a checkpoint: a number that says how far it got."
+    file = report.folder / "at.json"
+    begun = json.loads(file.read_text()) if file.exists() else 0
+    assert begun == report.spent
+    for t in range(begun + 10, tokens + 1, 10):
+        report(t, bowl(p) + 100 / t)
+    file.write_text(json.dumps(tokens))
+    return bowl(p) + 100 / tokens
+
+
+@pytest.mark.parametrize("scheduler", ["asha", "hyperband", "sh"])
+def test_bad_runs_stop_on_rungs_and_their_values_stay_out(scheduler):
+    seen = tune(training, SPACE, "random", 30, default=DEFAULT, fidelity=PAID, scheduler=scheduler, **quiet)
+    full = tune(training, SPACE, "random", 30, default=DEFAULT, fidelity=PAID, **quiet)
     assert [t.params for t in seen.trials] == [t.params for t in full.trials]
-    stopped = [t for t in seen.trials if t.state == "failed"]
-    assert 5 < len(stopped) < 20 and seen.trials[0].state == "done"  # the first is never stopped
+    stopped, done = ([t for t in seen.trials if t.state == s] for s in ("failed", "done"))
+    assert len(stopped) > 12 and done and len(stopped) + len(done) == 30
     for t in stopped:
-        assert t.value is None and t.reason.startswith("Pruned") and t.extra["cost"] == max(t.reports) < 270
-        assert t.extra["cost"] in (27, 54, 108)  # judged at the first report at or behind rungs 10 (and) 30, 90
-    done = [t for t in seen.trials if t.state == "done"]
-    assert all(t.value == bowl(t.params) and t.extra["cost"] == 270 for t in done)
-    assert seen.best.value == min(t.value for t in done)
+        at = max(t.reports)
+        assert t.value is None and at in PAID.rungs and t.reason == f"Pruned: stopped at {at} tokens with {bowl(t.params)}"
+        assert t.extra["cost"] == sum(r for r in PAID.rungs if r <= at and r in t.reports)  # no checkpoint: from the start each time
+    assert all(t.value == t.reports[270] for t in done) and seen.best.value == min(t.value for t in done)
+    assert sum(t.extra["cost"] for t in seen.trials) < 0.7 * sum(t.extra["cost"] for t in full.trials)
 
 
-def test_a_rung_is_decided_once():
-    study = _Charged(SPACE, "random", 0)
-    study.fidelity, study.scheduler, study.spent = PAID, "asha", {}
-    early, late = study.ask(), study.ask()
-    study.hear(early, 10, 2.0)
-    study.hear(late, 10, 1.0)
-    study.hear(early, 20, 1.9)  # worse than a later one at rung 10, but it has passed there
-    with pytest.raises(Pruned, match="stopped at 40 tokens with 1.9"):
-        study.hear(late, 35, 1.0)
-        study.hear(early, 40, 1.9)
+@pytest.mark.parametrize("scheduler", ["asha", "hyperband", "sh"])
+def test_a_checkpoint_is_continued_and_only_the_difference_is_charged(scheduler, tmp_path):
+    study = tune(continuing, SPACE, "random", 20, fidelity=PAID, scheduler=scheduler, folder=tmp_path / "runs", **quiet)
+    for t in study.trials:
+        assert t.extra["cost"] == max(t.reports)  # every token once
+        assert sorted(t.reports) == list(range(10, max(t.reports) + 1, 10))
+        assert json.loads((tmp_path / "runs" / f"{t.id:05d}" / "at.json").read_text()) == max(t.reports)
+    assert max(t.extra["cost"] for t in study.trials) == 270
+
+
+def test_a_search_ends_with_somebody_at_the_top():
+    for budget in (1, 2, 4):
+        study = tune(training, SPACE, "random", budget, fidelity=PAID, scheduler="asha", **quiet)
+        assert [t.state for t in study.trials].count("done") == 1 and study.best.value == study.best.reports[270]
+
+
+def test_what_the_method_hears_is_a_belief_and_never_a_best():
+    study = tune(continuing, SPACE, "bo", 14, fidelity=PAID, scheduler="asha", **quiet)
+    heard = study._rebuilt()
+    assert len(heard._y) == 14 and np.isfinite(heard._y).all()
+    done = {t.id: t.value for t in study.trials if t.state == "done"}
+    for t in study.trials:
+        y = study._belief(t)
+        assert y == done[t.id] if t.id in done else y < t.reports[study.at[t.id]]  # runs fall, and the belief knows
+    assert study.best.id in done
+
+
+def test_a_population_hears_every_trial_once():
+    study = tune(continuing, SPACE, "ga", 12, fidelity=PAID, scheduler="asha", population=4, **quiet)
+    assert study.optimizer.g == 3 and len(study._told) == 12
 
 
 def test_asha_when_maximizing_makes_the_same_decisions():
     def upside_down(p, tokens, report):
         return -training(p, tokens, lambda spent, loss: report(spent, -loss))
 
-    a = tune(training, SPACE, "random", 15, fidelity=PAID, scheduler="asha", **quiet)
-    b = tune(upside_down, SPACE, "random", 15, fidelity=PAID, scheduler="asha", maximize=True, **quiet)
-    assert [(t.state, t.extra["cost"]) for t in a.trials] == [(t.state, t.extra["cost"]) for t in b.trials]
+    for scheduler in ("asha", "hyperband"):
+        a = tune(training, SPACE, "random", 15, fidelity=PAID, scheduler=scheduler, **quiet)
+        b = tune(upside_down, SPACE, "random", 15, fidelity=PAID, scheduler=scheduler, maximize=True, **quiet)
+        assert [(t.state, t.extra["cost"]) for t in a.trials] == [(t.state, t.extra["cost"]) for t in b.trials]
 
 
-def test_a_diverged_report_ends_the_run_and_the_journal_survives(tmp_path):
+def test_several_losses_climb_by_rank():
+    def two(p, tokens, report):
+        report(tokens, (bowl(p) + 10 / tokens, p["rows"]))
+        return bowl(p) + 10 / tokens, p["rows"]
+
+    study = tune(two, SPACE, "nsga2", 16, fidelity=PAID, scheduler="asha", population=4, **quiet)
+    done = [t for t in study.trials if t.state == "done"]
+    assert done and all(len(t.value) == 2 for t in done) and all(t.value is None for t in study.trials if t not in done)
+
+
+def test_a_violation_never_climbs():
+    def unsafe(p, tokens, report):
+        return dict(value=bowl(p), violations=[1.0 if p["lr"] < 0.01 else -1.0])
+
+    study = tune(unsafe, SPACE, "random", 20, fidelity=PAID, scheduler="asha", **quiet)
+    assert {study.at[t.id] for t in study.trials if t.params["lr"] < 0.01} == {10} and study.best.params["lr"] >= 0.01
+
+
+@pytest.mark.parametrize("scheduler", [None, "asha"])
+def test_a_diverged_report_ends_the_run_and_the_journal_survives(tmp_path, scheduler):
     def diverges(p, tokens, report):
-        report(30, math.nan if p["lr"] > 0.01 else 1.0)
+        report(3, 2.0)
+        report(7, math.nan if p["lr"] > 0.01 else 1.0)
         return 1.0
 
-    ask = lambda: tune(diverges, SPACE, "random", 8, default=DEFAULT, fidelity=PAID, journal=tmp_path / "j", **quiet)  # noqa: E731
+    ask = lambda: tune(diverges, SPACE, "random", 8, default=DEFAULT, fidelity=PAID, scheduler=scheduler, journal=tmp_path / "j", **quiet)  # noqa: E731
     first = ask()
     bad = first.trials[0]
-    assert "diverged: reported nan at 30 tokens" in bad.reason and bad.extra["cost"] == 30
+    assert "diverged: reported nan at 7 tokens" in bad.reason and bad.extra["cost"] == 7 and bad.reports == {3: 2.0}
     again = ask()  # nothing left to do: every trial comes from the journal
     assert [(t.value, t.reason, t.extra, t.reports) for t in again.trials] == [(t.value, t.reason, t.extra, t.reports) for t in first.trials]
 
 
-@pytest.mark.parametrize("scheduler", [None, "asha"])
-def test_resumed_equals_uninterrupted(tmp_path, scheduler):
-    settings = dict(default=DEFAULT, fidelity=PAID, scheduler=scheduler, population=4, **quiet)
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("method", ["ga", "bo", "random"])
+@pytest.mark.parametrize("scheduler", ["asha", "hyperband", "sh"])
+def test_killed_anywhere_the_same_search_goes_on(tmp_path, scheduler, method):
+    settings = dict(default=DEFAULT, fidelity=PAID, scheduler=scheduler, **quiet) | (dict(population=4) if method == "ga" else {})
+    whole = tune(continuing, SPACE, method, 9, journal=tmp_path / "w", **settings)
+    calls = itertools.count(1)
+
+    def mortal(p, tokens, report):
+        if next(calls) % 3 == 0:
+            raise Killed
+        return continuing(p, tokens, report)
+
+    for _ in range(40):
+        try:
+            study = tune(mortal, SPACE, method, 9, journal=tmp_path / "j", **settings)
+            break
+        except Killed:
+            pass
+    told = lambda s: [(t.params, t.state, t.value, t.reason, t.extra, t.reports) for t in s.trials]  # noqa: E731
+    assert told(study) == told(whole)
+    assert (tmp_path / "j").read_bytes() == (tmp_path / "w").read_bytes()
+
+
+def test_a_torn_journal_between_leg_and_ask_is_continued(tmp_path):
+    settings = dict(fidelity=PAID, scheduler="asha", **quiet)
+    whole = tune(continuing, SPACE, "random", 8, journal=tmp_path / "w", **settings)
+    lines = (tmp_path / "w").read_bytes().splitlines(keepends=True)
+    for cut in range(1, len(lines)):
+        (tmp_path / "j").write_bytes(b"".join(lines[:cut]))
+        again = tune(training, SPACE, "random", 8, journal=tmp_path / "j", folder=tmp_path / f"none{cut}", **settings)
+        assert [t.params for t in again.trials] == [t.params for t in whole.trials]
+        assert {json.loads(x)["tell"] for x in (tmp_path / "j").read_text().splitlines() if "tell" in json.loads(x)} == {
+            t.id for t in again.trials if t.state == "done"}
+
+
+def test_a_larger_budget_lets_the_paused_climb(tmp_path):
+    settings = dict(fidelity=PAID, scheduler="asha", journal=tmp_path / "j", **quiet)
+    few = tune(continuing, SPACE, "random", 3, **settings)
+    many = tune(continuing, SPACE, "random", 20, **settings)
+    assert len(few.trials) == 3 and len(many.trials) == 20
+    assert any(max(many.trials[i].reports) > max(few.trials[i].reports) for i in range(3)) or few.best.value == many.trials[few.best.id].value
+
+
+def test_another_scheduler_is_refused(tmp_path):
+    tune(training, SPACE, "random", 9, fidelity=PAID, scheduler="asha", journal=tmp_path / "j", **quiet)
+    with pytest.raises(ValueError, match="allowed: the same scheduler and fidelity"):
+        tune(training, SPACE, "random", 20, fidelity=PAID, scheduler="sh", journal=tmp_path / "j", **quiet)
+    with pytest.raises(ValueError, match="was written with a scheduler"):
+        tune(training, SPACE, "random", 20, fidelity=PAID, journal=tmp_path / "j", **quiet)
+
+
+@pytest.mark.parametrize("kind", ["threads", "spawned processes"])
+def test_legs_run_in_any_executor(kind):
+    make = cf.ThreadPoolExecutor if kind == "threads" else lambda n: cf.ProcessPoolExecutor(n, multiprocessing.get_context("spawn"))
+    with make(2) as pool:
+        study = tune(continuing, SPACE, "random", 9, fidelity=PAID, scheduler="asha", executor=pool, workers=2, **quiet)
+    assert len(study.trials) == 9 and all(t.extra["cost"] == max(t.reports) for t in study.trials)
+    assert len(study.best.reports) == 27  # reports came home from wherever they were made
+
+
+def test_report_without_a_checkpoint_starts_at_zero(tmp_path):
+    report = Report("tokens", tmp_path, 30)
+    assert report.spent == 0
+    (tmp_path / "weights").touch()
+    assert Report("tokens", tmp_path, 30).spent == 30 and Report("tokens", None, 30).spent == 0
+    report(5, 1.0)
+    with pytest.raises(Pruned, match="diverged: reported inf at 6 tokens"):
+        report(6, math.inf)
+    with pytest.raises((TypeError, ValueError), match="spent"):
+        report(-1, 1.0)
+    assert report.heard == {5: 1.0} and report.last == 6
+
+
+def test_cost_of_a_failed_leg():
+    def dies(p, tokens, report):
+        if p: report(p, 1.0)
+        raise RuntimeError("out of memory")
+
+    assert _leg(dies, 4, 10, "tokens", None, 0)["cost"] == 4 and _leg(dies, 0, 10, "tokens", None, 0)["cost"] == 10
+    assert _leg(dies, 40, 10, "tokens", None, 0)["cost"] == 10
+
+
+@given(st.floats(1e6, 1e12), st.floats(1e6, 1e13))
+def test_step_law(N, D):
+    best = step_law(N, D)
+    assert math.isclose(math.log(best["lr"]), math.log(1.79) - 0.713 * math.log(N) + 0.307 * math.log(D), abs_tol=1e-9)
+    assert math.isclose(math.log(best["batch"]), math.log(0.58) + 0.571 * math.log(D), abs_tol=1e-9)
+    mean = step_law_mean(N, D, length=64)
+    at = lambda a, b: mean([dict(lr=best["lr"] * a, batch_size=best["batch"] / 64 * b)])[0]  # noqa: E731
+    assert at(1, 1) < 1e-20 and math.isclose(at(10, 1), 1.0) and math.isclose(at(0.1, 100), 1.0 + 0.3 * 4)
+    assert step_law_mean(N, D, best=dict(lr=0.5))([dict(lr=0.5, other=3)]).tolist() == [0.0]
+
+
+@pytest.mark.skipif("mean" not in settings_of("bo"), reason="bo takes no prior mean yet")
+def test_step_law_is_a_prior_mean():
+    prior = step_law_mean(1e6, 1e9, batch="rows", best=dict(lr=0.01, batch=8))
+    study = tune(bowl, SPACE, "bo", 8, mean=prior, **quiet)
+    assert len(study.trials) == 8 and study.best is not None
+
+
+def test_resumed_equals_uninterrupted(tmp_path):
+    settings = dict(default=DEFAULT, fidelity=PAID, population=4, **quiet)
     tune(training, SPACE, "ga", 7, journal=tmp_path / "j", **settings)
     both = tune(training, SPACE, "ga", 18, journal=tmp_path / "j", **settings)
     whole = tune(training, SPACE, "ga", 18, **settings)
@@ -153,7 +292,7 @@ def test_everything_failed_quotes_the_first():
     (ValueError, "scheduler: 'asah'; did you mean 'asha'", dict(scheduler="asah")),
     (ValueError, "without a fidelity", dict(scheduler="asha")),
     (TypeError, "fidelity: 100", dict(fidelity=100)),
-    (ValueError, "executor: .*threads", dict(fidelity=PAID, scheduler="asha", executor=tuning._Here())),
+    (ValueError, "scheduler: .*allowed: an unused one", dict(fidelity=PAID, scheduler=ASHA(Fidelity("tokens", 1, 9)))),
     (ValueError, "lr: .*allowed: 0.0001 to 1", dict(default=dict(lr=5.0, rows=4))),
     (TypeError, "random has no setting 'population'", dict(population=4)),
 ])

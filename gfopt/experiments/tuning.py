@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SPACE', 'DEFAULT', 'RIVALS', 'LABELS', 'Work', 'prepare', 'train_once', 'make_plan', 'run_tuning', 'best_curve',
-           'tuning_rows', 'verdict', 'plot_tuning', 'main']
+           'tuning_rows', 'verdict', 'plot_tuning', 'load_table', 'main']
 
 # %% ../../nbs/6_experiments/02_tuning.ipynb #1b416fd5
 import concurrent.futures as cf
@@ -289,6 +289,13 @@ def plot_tuning(result: dict):  # a matplotlib Figure
     return fig
 
 # %% ../../nbs/6_experiments/02_tuning.ipynb #ab82157a
+def load_table(path=None):  # a `TuningTable`
+    "The recorded table of trainings of [A table of real trainings](15_tuning_table.ipynb)."
+    from gfopt.experiments import tuning_table
+
+    return tuning_table.load_table(path)
+
+
 def main(argv=None) -> None:
     "python -m gfopt.experiments.tuning --preset cpu|smoke --out FILE.json"
     import argparse

@@ -1,0 +1,242 @@
+"The table of trainings: recorded once, whatever interrupts it; replayed exactly."
+
+import gzip
+import json
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from gfopt.experiments import tuning
+from gfopt.experiments import tuning_table as tt
+from gfopt.lm.text import Corpus, Domain
+from gfopt.lm.tune import tune
+
+
+@pytest.fixture(scope="module")
+def corpus():
+    words = "def return self import for in range if else print value = ( ) :".split()
+    texts = [" ".join(words[(i * k + k * k) % len(words)] for k in range(300)).encode() for i in range(1, 30)]
+    domain = Domain(texts[:20], texts[20:25], texts[25:])
+    return Corpus(domain, domain)
+
+
+@pytest.fixture(scope="module")
+def small(corpus, tmp_path_factory):
+    out = tmp_path_factory.mktemp("table") / "t.json.gz"
+    return tt.record_table(out, "smoke", corpus=corpus, progress=False), out
+
+
+@pytest.fixture(scope="module")
+def table():
+    return tuning.load_table()
+
+
+def timeless(record):
+    cut = lambda r: {k: v for k, v in r.items() if k not in ("seconds", "session")}  # noqa: E731
+    return [cut(r) for r in [*record["repeats"], *record["runs"]]]
+
+
+# ---- one training
+def test_the_schedule_knows_no_horizon():
+    assert [tt.rate(t, 600, 0.0) for t in (50, 100, 5400)] == [0.5, 1.0, 1.0]
+    assert math.isclose(tt.rate(1800, 600, 0.5), 4**-0.5) and tt.rungs_of(7) == [7, 21, 63]
+
+
+def test_a_training_is_repeatable_and_a_shorter_one_is_its_beginning(corpus):
+    p = tt.PRESETS["smoke"]
+    work, _ = tt._text(p, corpus)
+    params = dict(optimizer="adamw", lr=0.01, batch_size=5, decay=0.3, beta2=0.9)  # 5 rows do not divide a rung
+    torch.manual_seed(1)
+    a = tt.train(work, params, p["low"])
+    torch.manual_seed(2)
+    heard = []
+    b = tt.train(work, params, p["low"], listen=lambda t, y: heard.append([t, y]))
+    assert a["losses"] == b["losses"] and a["curve"] == b["curve"] == heard and a["tokens"] == 9 * p["low"]
+    at = dict(map(tuple, a["curve"]))
+    assert [at[r] for r in tt.rungs_of(p["low"])] == a["losses"]  # judged at exactly as many tokens
+    third = tt.train(work, params, p["low"] // 3 // 32 * 32)  # another ladder, another schedule
+    assert third["losses"] != a["losses"]
+    other = tt.train(work, params, p["low"], seed=1)
+    assert other["losses"] != a["losses"]
+
+
+def test_a_diverged_training_says_so_and_leaves_the_rest_empty(corpus, monkeypatch):
+    p, measured = tt.PRESETS["smoke"], iter([3.0, 2.0, 1.0, math.nan])
+    work, _ = tt._text(p, corpus)
+    monkeypatch.setattr(tt, "bits_per_byte", lambda *a: next(measured))
+    r = tt.train(work, tt.DEFAULT, p["low"])
+    assert r["losses"] == [3.0, 1.0, None] and r["reason"].startswith("diverged: nan bits per byte at 1024") and len(r["curve"]) == 3 and r["tokens"] == 1024
+
+
+def test_every_coordinate_matters(corpus):
+    p = tt.PRESETS["smoke"]
+    work, _ = tt._text(p, corpus)
+    muon, adam = tt.DEFAULT, dict(optimizer="adamw", lr=0.02, batch_size=8, decay=0.5, beta2=0.9)
+    changes = [(muon, dict(lr=0.03)), (muon, dict(batch_size=9)), (muon, dict(decay=0.6)), (muon, dict(momentum=0.6)), (adam, dict(beta2=0.99))]
+    for base, change in changes:
+        assert tt.train(work, base | change, p["low"])["losses"] != tt.train(work, base, p["low"])["losses"], change
+
+
+# ---- the recording
+def test_design_begins_with_the_default_and_any_beginning_is_even():
+    jobs = tt.design(65, repeats=2)
+    assert [j["seed"] for j in jobs[:4]] == [0, 1, 2, 0] and all(j["params"] == tt.DEFAULT for j in jobs[:3]) and len(jobs) == 67
+    assert jobs == tt.design(200, repeats=2)[:67]  # a larger table continues a smaller one
+    assert sum(j["params"]["optimizer"] == "muon" for j in jobs[3:]) == 32
+    assert sum(j["params"]["lr"] < (3e-4 * 0.3) ** 0.5 for j in jobs[3:]) == 32
+
+
+def test_recording_is_whole_and_the_same_bytes_for_the_same_lines(small):
+    record, out = small
+    assert [len(record["runs"]), len(record["repeats"])] == [8, 1] and record["runs"][0]["params"] == tt.DEFAULT
+    assert json.loads(gzip.decompress(out.read_bytes())) == record and not list(out.parent.glob("*.part.jsonl"))
+    for r in record["runs"]:
+        assert r["seconds"] > 0 and r["session"] == 0 and len(r["losses"]) == 3
+    assert record["repeats"][0]["seed"] == 1 and record["repeats"][0]["losses"] != record["runs"][0]["losses"]
+    session = record["sessions"][0]
+    assert {"device", "torch", "python", "commit", "seed", "date"} <= session.keys()
+    before = out.read_bytes()
+    lines = [json.loads(x) for x in tt._unpacked(out).splitlines()]
+    tt.pack_table(lines[0], lines[1:], out)
+    assert out.read_bytes() == before
+
+
+@pytest.mark.parametrize("after", [1, 3, 8])
+def test_killed_recording_goes_on(corpus, small, tmp_path, monkeypatch, after):
+    calls, once = [], tt.train
+
+    def mortal(*args, **kwargs):
+        if len(calls) == after:
+            raise SystemExit
+        calls.append(1)
+        return once(*args, **kwargs)
+
+    out = tmp_path / "t.json.gz"
+    monkeypatch.setattr(tt, "train", mortal)
+    with pytest.raises(SystemExit):
+        tt.record_table(out, "smoke", corpus=corpus, progress=False)
+    part = next(tmp_path.glob("*.part.jsonl"))
+    with open(part, "ab") as f:
+        f.write(b'{"params": {"opt')  # and the machine died in the middle of a line
+    tt.record_table(out, "smoke", corpus=corpus, progress=False, seconds=0)  # nothing but a new beginning, written behind the torn line
+    assert part.exists()
+    calls.clear()
+    monkeypatch.setattr(tt, "train", lambda *a, **k: calls.append(1) or once(*a, **k))
+    record = tt.record_table(out, "smoke", corpus=corpus, progress=False)
+    assert len(calls) == 9 - after and timeless(record) == timeless(small[0]) and len(record["sessions"]) == 3
+
+
+def test_an_unfinished_table_is_a_table_and_continues_from_its_file_alone(corpus, small, tmp_path):
+    out = tmp_path / "t.json.gz"
+    few = tt.record_table(out, "smoke", corpus=corpus, progress=False, seconds=0)
+    assert few["runs"] == []
+    lines = tt._unpacked(small[1]).splitlines(keepends=True)
+    (tmp_path / "t.json.gz.part.jsonl").write_bytes(b"".join(lines[:6]))
+    few = tt.record_table(out, "smoke", corpus=corpus, progress=False, seconds=0)
+    assert len(few["runs"]) == 3
+    (tmp_path / "t.json.gz.part.jsonl").unlink()
+    whole = tt.record_table(out, "smoke", corpus=corpus, progress=False)
+    assert timeless(whole) == timeless(small[0])
+
+
+def test_another_table_is_refused(corpus, tmp_path, monkeypatch):
+    out = tmp_path / "t.json.gz"
+    tt.record_table(out, "smoke", corpus=corpus, progress=False, seconds=0)
+    monkeypatch.setitem(tt.PRESETS, "smoke", tt.PRESETS["smoke"] | dict(low=512))
+    with pytest.raises(ValueError, match="its settings are another table's"):
+        tt.record_table(out, "smoke", corpus=corpus, progress=False)
+
+
+# ---- the replay
+def test_recorded_configurations_answer_for_themselves(table):
+    assert len(table) == len(table.configs) == len(table.losses) == len(table.curves) >= 100
+    assert table.default == table.configs[0] and table.tokens == table.fidelity.levels and len(table.tokens) == 3
+    rows = range(0, len(table), 7)
+    assert [table.nearest(table.configs[i]) for i in rows] == [*rows]
+    for i in rows:
+        assert [table.objective(table.configs[i], t) for t in table.tokens] == table.losses[i].tolist()
+        assert table(table.configs[i]) == table.losses[i, -1]
+
+
+def test_nearest_is_the_nearest_of_its_category(table):
+    for p in table.space.sample(40, seed=3):
+        z, Z = table.space.encode(p)[0], table.space.encode(table.configs)
+        far = [float((a - z).norm()) if q["optimizer"] == p["optimizer"] else math.inf for a, q in zip(Z, table.configs)]
+        assert table.nearest(p) == int(np.argmin(far))
+
+
+def test_another_category_is_never_nearest():
+    far = dict(optimizer="muon", lr=0.3, batch_size=32, decay=1.0, momentum=0.98)
+    near = dict(optimizer="adamw", lr=3e-4, batch_size=4, decay=0.0, beta2=0.8995)
+    runs = [dict(params=near, losses=[1.0, 1.0, 1.0], curve=[]), dict(params=far, losses=[2.0, 2.0, None], curve=[])]
+    two = tt.TuningTable(dict(space=tt.SPACE.to_json(), default=far, runs=runs, settings=dict(low=4), eta=3))
+    asked = dict(optimizer="muon", lr=3e-4, batch_size=4, decay=0.0, momentum=0.74)
+    assert two.nearest(asked) == 1 and two.objective(asked, 4) == 2.0 and math.isnan(two(asked)) and two.tokens == [4, 12, 36]
+
+
+def test_objective_reports_the_curve_and_continues(table, tmp_path):
+    heard = []
+
+    class Ear:
+        spent, folder = 0, tmp_path
+
+        def __call__(self, t, y):
+            heard.append([t, y])
+
+    ear = Ear()
+    table.objective(table.default, table.tokens[0], ear)
+    assert list(tmp_path.iterdir())
+    ear.spent = table.tokens[0]
+    table.objective(table.default, table.tokens[2], ear)
+    assert heard == table.curves[0]
+    with pytest.raises(ValueError, match="tokens: 5; allowed"):
+        table.objective(table.default, 5)
+
+
+@pytest.mark.parametrize("scheduler", [None, "asha", "hyperband", "sh"])
+def test_any_method_replays(table, scheduler):
+    study = tune(table.objective, table.space, "random", 12, default=table.default, fidelity=table.fidelity, scheduler=scheduler, progress=False)
+    for t in study.trials:
+        i = table.nearest(t.params)
+        assert t.state == "failed" or t.value == table.losses[i, 2]
+        assert t.extra["cost"] == max(t.reports) in table.tokens  # a table's training continues: every token once
+
+
+def test_a_missing_table_says_what_to_do(tmp_path):
+    with pytest.raises(FileNotFoundError, match="not in the installed package.*clone it.*python -m gfopt.experiments.tuning_table"):
+        tuning.load_table(tmp_path / "none.json.gz")
+
+
+# ---- the bench
+def test_bench_continues_and_shares_are_of_random_search(table, tmp_path, monkeypatch):
+    rivals = {k: tt.RIVALS[k] for k in ("random", "random + asha", "pso")}
+    once, calls = tt.search_path, []
+
+    def mortal(*a, **k):
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        calls.append(1)
+        return once(*a, **k)
+
+    monkeypatch.setattr(tt, "search_path", mortal)
+    with pytest.raises(KeyboardInterrupt):
+        tt.run_bench(table, tmp_path / "b.json", seeds=3, targets=3, trainings=10, rivals=rivals, progress=False)
+    monkeypatch.setattr(tt, "search_path", lambda *a, **k: calls.append(1) or once(*a, **k))
+    r = tt.run_bench(table, tmp_path / "b.json", seeds=3, targets=3, trainings=10, rivals=rivals, progress=False)
+    assert len(calls) == 9 and json.loads((tmp_path / "b.json").read_text()) == r
+    last = sorted(r["paths"][f"random {s}"]["path"][-1][1] for s in range(3))
+    assert r["target"] == last[1]
+    share = tt.shares(r)
+    assert (share["random"] <= 1).sum() >= 2  # by the definition of the target
+    for s in share.values():
+        assert len(s) == 3 and all(v == math.inf or 0 < v <= 1.1 for v in s)
+
+
+def test_command_line_smoke(tmp_path):
+    ask = [sys.executable, "-m", "gfopt.experiments.tuning_table", "--preset", "smoke", "--seconds", "0", "--out", str(tmp_path / "t.json.gz")]
+    done = subprocess.run(ask, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0 and "0 of 8 configurations are in t.json.gz" in done.stdout, done.stderr
