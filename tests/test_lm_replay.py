@@ -46,6 +46,15 @@ def test_bit_equal_at_every_step(method, extra, dtype, tmp_path):
             assert weights_hash(replay(tiny().to(dtype), path, k)) == hashes[4 if k is None else k]
 
 
+@pytest.mark.parametrize("method,extra", [("lowrank_es", dict(fitness="standardized")), ("mezo", {}), ("fzoo", {})])
+def test_the_update_saw_no_more_than_the_file(method, extra, tmp_path):
+    "In float64 an update would tell a loss from its 32-bit rounding."
+    seen = []
+    tuned = tune(tiny().double(), method=method, journal=tmp_path / "j", callback=lambda e: seen.append(e["y"]), **extra)
+    assert all(y.dtype == torch.float32 for y in seen)
+    assert weights_hash(replay(tiny().double(), tmp_path / "j")) == weights_hash(tuned.model)
+
+
 def test_no_forward_pass_and_the_flags_of_the_base_do_not_matter(tmp_path):
     tuned = tune(journal=tmp_path / "j")
     base = tiny().requires_grad_(False)
