@@ -300,6 +300,7 @@ def test_an_update_that_was_cut_off_is_done_by_the_next(tmp_path, monkeypatch):
     monkeypatch.setattr(LowRankES, "update", lambda self, y: update(self, y) if self.steps < 3 else (_ for _ in ()).throw(OSError("power cut")))
     with pytest.raises(OSError, match="power cut"):
         tune(journal=tmp_path / "j")
+    assert (tmp_path / "j").read_bytes().count(b'{"step"') == 4  # what was measured is not measured again
     monkeypatch.undo()
     assert weights_hash(tune(journal=tmp_path / "j").model) == weights_hash(tune().model)
 
