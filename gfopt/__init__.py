@@ -27,6 +27,8 @@ _WHERE = {
     "gfopt.lm.subspace": "subspace",
     "gfopt.lm.prompts": "soft_prompt prompt_space",
     "gfopt.lm.probe": "probe",
+    "gfopt.lm.finetune": "finetune",
+    "gfopt.lm.replay": "replay",
     "gfopt.lm.tune": "tune",
     "gfopt.compress.search": "compress",
     "gfopt.compress.export": "load_compressed",

@@ -33,7 +33,131 @@ def _methods(args):
     print("\n".join(f"{name:<{width}}  {where}" for name, where in rows.items()))
     return 0, dict(methods=list(rows))
 
+# %% ../../nbs/7_adapters/01_cli.ipynb #3c7d90a1
+def _model(where):  # model, tokenizer
+    from pathlib import Path
 
+    from gfopt.lm.model import SIZES, load_model
+    from gfopt.lm.text import ByteTokenizer, load_corpus, load_tokenizer
+
+    if where in SIZES and not os.path.exists(where):
+        from gfopt.lm.pretrain import base_model
+
+        return base_model(load_corpus(), where, None, steps=300, tokenizer="bytes")[:2]
+    path = Path(where)
+    if not (path / "config.json").is_file():
+        raise FileNotFoundError(f"--model {where}: no folder with a config.json; allowed: one that holds a model, or {', '.join(SIZES)}")
+    if "gfopt" not in json.loads((path / "config.json").read_text()):
+        return _hugging_face(path)
+    model, tok = load_model(path), path / "tokenizer.json"
+    if not tok.exists() and model.config.vocab_size != ByteTokenizer.vocab_size:
+        raise FileNotFoundError(f"--model {where}: no tokenizer.json; allowed without one: a model of bytes, with {ByteTokenizer.vocab_size} tokens")
+    return model, load_tokenizer(tok.read_text("utf-8")) if tok.exists() else ByteTokenizer()
+
+
+def _hugging_face(path):
+    try:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+    except ImportError as e:
+        raise ImportError("Hugging Face's models need transformers: pip install 'gfopt[hf]'") from e
+    return AutoModelForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path)
+
+
+def _settings(pairs):  # ["lr=0.01", "noise=normal"] -> dict
+    out = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not (name and equals and value):
+            raise ValueError(f"--set {pair}: allowed: name=value, such as lr=0.01")
+        try:
+            out[name] = json.loads(value)
+        except ValueError:
+            out[name] = value
+    return out
+
+# %% ../../nbs/7_adapters/01_cli.ipynb #3c7d90a2
+def _finetune(args):
+    from pathlib import Path
+
+    from gfopt.lm.finetune import finetune
+
+    out, workers = Path(args.out), None
+    if "RANK" in os.environ:  # started by torchrun
+        from gfopt.lm.workers import Workers
+
+        workers = Workers()
+    for flag, file in (("--data", args.data), ("--evaluate", args.evaluate)):
+        if file is not None and not Path(file).is_file():
+            raise FileNotFoundError(f"{flag} {file}: no such file")
+    if out.is_file():
+        raise ValueError(f"--out {out}: a file; allowed: a folder")
+    sys.path.insert(0, os.getcwd())  # for module:function
+    settings = _settings(args.set)
+    if wrong := settings.keys() & {"model", "data", "objective", "journal", "callback", "workers", "tokenizer", "evaluate", "method", "steps", "seed", "schedule"}:
+        raise ValueError(f"--set {', '.join(wrong)}: allowed: batch_size, length and the settings of the method")
+    model, tokenizer = _model(args.model)
+    tuned = finetune(model, args.data, args.objective, args.method, args.steps, journal=out / "finetune.jsonl", evaluate=args.evaluate, every=args.every,
+                     patience=args.patience, seed=args.seed, tokenizer=tokenizer, progress=not args.quiet, workers=workers, **settings)
+    if args.best:
+        tuned.load_best()
+    if workers is None or workers.rank == 0:
+        tuned.save(out, tokenizer)
+    losses = [e["loss"] for e in tuned.history if "loss" in e]
+    short = dict(steps=tuned.steps, stopped=tuned.stopped, loss=losses[-1] if losses else None, best_step=tuned.best_step, best_value=tuned.best_value, out=str(out))
+    print(f"{tuned.steps} steps ({tuned.stopped}), model and journal in {out}")
+    if tuned.stopped == "interrupted":
+        print("the same command goes on from there")
+    return (130 if tuned.stopped == "interrupted" else 0), short
+
+
+def _finetune_arguments(commands):
+    p = commands.add_parser("finetune", help="adapt a model to a file, with forward passes only",
+                            description="Fine-tunes a model. OUT/finetune.jsonl is the journal: killed at any moment, the same command goes on from there. "
+                                        "Under torchrun every process measures a part of the population.",
+                            epilog="example: gfopt finetune --model nano --data rows.jsonl --steps 20 --set population=16 lr=0.02 --out tuned")
+    p.add_argument("--model", required=True, metavar="DIR|NAME", help="a folder with a model (ours, or Hugging Face's), or pico, nano, small, base: trained here on Python's library")
+    p.add_argument("--data", required=True, metavar="FILE", help='JSON lines: {"text": ...}, {"prompt": ..., "completion": ...} or {"input_ids": [...]}')
+    p.add_argument("--objective", default="next_token", metavar="NAME", help="next_token, or module:function with (model, batch) -> losses of the rows (default next_token)")
+    p.add_argument("--method", default="lowrank_es", help="lowrank_es, mezo or fzoo (default lowrank_es)")
+    p.add_argument("--steps", type=int, default=1000, help="in all, those of an earlier run included (default 1000)")
+    p.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="settings of the method, and batch_size and length")
+    p.add_argument("--evaluate", metavar="FILE", help="rows like those of --data, to look at every so often")
+    p.add_argument("--every", type=int, default=100, help="steps between two looks (default 100)")
+    p.add_argument("--patience", type=int, help="looks without a better one after which to stop")
+    p.add_argument("--best", action="store_true", help="save the weights of the best look instead of the last")
+    p.add_argument("--seed", type=int, default=0, help="decides everything (default 0)")
+    p.add_argument("--out", required=True, metavar="DIR", help="where model and journal go")
+    p.add_argument("--quiet", action="store_true", help="no progress bar")
+    p.set_defaults(run=_finetune)
+    return p
+
+
+def _replay(args):
+    from gfopt.lm.finetune import save_weights
+    from gfopt.lm.replay import read_finetune, replay, weights_hash
+
+    read_finetune(args.journal)  # before a model is loaded
+    model, tokenizer = _model(args.base)
+    upto = int(args.upto) if args.upto and args.upto.lstrip("-").isdigit() else args.upto
+    replay(model, args.journal, upto, progress=not args.quiet)
+    save_weights(model, args.out, tokenizer)
+    print(f"the model is in {args.out}")
+    return 0, dict(out=args.out, weights=weights_hash(model))
+
+
+def _replay_arguments(commands):
+    p = commands.add_parser("replay", help="the fine-tuned model from its base and its journal",
+                            description="Rebuilds fine-tuned weights from the base model and the journal that finetune wrote; another base is refused.",
+                            epilog="example: gfopt replay nano tuned/finetune.jsonl --out again")
+    p.add_argument("base", metavar="BASE", help="the model that was fine-tuned: a folder or a name")
+    p.add_argument("journal", metavar="JOURNAL")
+    p.add_argument("--upto", metavar="STEPS", help="only so many steps, or best (default: all)")
+    p.add_argument("--out", required=True, metavar="DIR", help="where the model goes")
+    p.add_argument("--quiet", action="store_true", help="no progress bar")
+    p.set_defaults(run=_replay)
+    return p
+
+# %% ../../nbs/7_adapters/01_cli.ipynb #3c7d90a3
 def parser() -> argparse.ArgumentParser:
     "The command line as data."
     ap = argparse.ArgumentParser(prog="gfopt", description="Train, tune and compress language models without gradients.")
@@ -52,7 +176,7 @@ def parser() -> argparse.ArgumentParser:
     d.set_defaults(run=_demo)
     m = commands.add_parser("methods", help="the optimisers by name")
     m.set_defaults(run=_methods)
-    for p in (d, m):
+    for p in (d, m, _finetune_arguments(commands), _replay_arguments(commands)):
         p.add_argument("--json", action="store_true", help="one line of JSON at the end")
     return ap
 
