@@ -25,7 +25,7 @@ _WHERE = {
     "gfopt.lm.prompts": "soft_prompt prompt_space",
     "gfopt.lm.probe": "probe",
     "gfopt.lm.tune": "tune",
-    "gfopt.compress.search": "compress",
+    "gfopt.compress.front": "compress",
     "gfopt.compress.export": "load_compressed",
 }
 _HOME = {name: module for module, names in _WHERE.items() for name in names.split()}
