@@ -30,7 +30,7 @@ _WHERE = {
     "gfopt.lm.finetune": "finetune",
     "gfopt.lm.replay": "replay",
     "gfopt.lm.tune": "tune",
-    "gfopt.compress.search": "compress",
+    "gfopt.compress.front": "compress",
     "gfopt.compress.export": "load_compressed",
 }
 _HOME = {name: module for module, names in _WHERE.items() for name in names.split()}

@@ -25,6 +25,16 @@ def _demo(args):
     return (130 if results["interrupted"] else 0), short
 
 
+def _compress(args):
+    from gfopt.compress.front import compress_folder
+
+    table = compress_folder(args.model, args.text, args.size, args.out, evaluations=args.evaluations, seed=args.seed, progress=not args.quiet)
+    print(f"{'':<7}{'bytes on disk':>15}{'bits per byte':>15}{'prefill ms':>12}{'decode ms':>12}")
+    for name, row in table.items():
+        print(f"{name:<7}{row['file_bytes']:>15,}{row['bits_per_byte']:>15.4f}{row['prefill_ms']:>12.2f}{row['decode_ms']:>12.2f}")
+    return 0, dict(table=table, out=args.out)
+
+
 def _methods(args):
     from gfopt.optimizer import METHODS
 
@@ -174,9 +184,20 @@ def parser() -> argparse.ArgumentParser:
     d.add_argument("--text", nargs="+", metavar="FILE", help="your own text: *.py files replace the source code, all others the prose")
     d.add_argument("--quiet", action="store_true", help="no progress bars")
     d.set_defaults(run=_demo)
+    c = commands.add_parser("compress", help="make a language model smaller", epilog="example: gfopt compress model --text notes.txt --size 0.25 --out small",
+                            description="Searches what to leave out and how to round the rest, and prints what a fresh process measures of the saved file. "
+                                        "The text is split into calibration, validation and test.")
+    c.add_argument("model", metavar="MODEL", help="a folder of this package or of Hugging Face's Llama, Qwen or Mistral")
+    c.add_argument("--text", required=True, metavar="FILE", help="text of the kind that the model is for")
+    c.add_argument("--size", type=float, default=0.25, help="share of the dense model's bytes (default 0.25)")
+    c.add_argument("--out", default="compressed", metavar="DIR", help="where the result goes (default compressed)")
+    c.add_argument("--evaluations", type=int, default=256, help="passes over the calibration text (default 256)")
+    c.add_argument("--seed", type=int, default=0, help="decides everything (default 0)")
+    c.add_argument("--quiet", action="store_true", help="no progress bars")
+    c.set_defaults(run=_compress)
     m = commands.add_parser("methods", help="the optimisers by name")
     m.set_defaults(run=_methods)
-    for p in (d, m, _finetune_arguments(commands), _replay_arguments(commands)):
+    for p in (d, c, m, _finetune_arguments(commands), _replay_arguments(commands)):
         p.add_argument("--json", action="store_true", help="one line of JSON at the end")
     return ap
 

@@ -15,9 +15,10 @@ from pathlib import Path
 from torch import nn
 
 from ..compress.export import Compressed
+from ..compress.front import compress
 from ..compress.genome import GenomeSpace, dropped
 from ..compress.measure import measure_fresh
-from ..compress.search import Divergence, Evaluator, compress, random_genomes
+from ..compress.search import Divergence, Evaluator, random_genomes
 from ..compress.techniques import sub_blocks
 from ..lm.model import bits_per_byte, save_model
 from ..lm.text import pack, windows
@@ -61,7 +62,7 @@ def run_compression(
     texts = compression_texts(corpus, tokenizer, small=seconds < 30)
     evaluations = affordable(model, texts["calibration"], 0.6 * seconds)
     per = "linear" if evaluations >= 3 * len(sub_blocks(model)) * 10 else "block"  # a gene per matrix, if they can all be tried
-    front = compress(model, texts["calibration"], budget=share, evaluations=evaluations, seed=seed, per=per,
+    front = compress(model, texts["calibration"], budget=share, techniques=("blocks", "bits"), evaluations=evaluations, seed=seed, per=per,
                      validation=texts["validation"], progress=progress)
     space, evaluate, budget = front.space, front.evaluator, front.budgets[0]
     curves = {s: evaluate.trajectory(s, budget) for s in ("uniform", "additive", "greedy")}

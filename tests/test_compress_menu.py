@@ -1,0 +1,520 @@
+"""The whole menu of compression, on this project's model and on Hugging Face's: every trap of the field as a test named after it."""
+import hashlib
+import itertools
+import json
+import math
+import random
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gfopt.compress.evolution import (
+    Damages,
+    evolve,
+    evopress,
+    generation_cost,
+    search_with,
+)
+from gfopt.compress.export import Compressed, load_compressed, settle
+from gfopt.compress.feedback import damped, layer_error, moments, round_with_feedback
+from gfopt.compress.front import affordable_share, compress, dense_bytes
+from gfopt.compress.genome import TECHNIQUES, GenomeSpace, make_genes
+from gfopt.compress.measure import (
+    count_parameters,
+    decoder,
+    file_bytes,
+    measure_latency,
+)
+from gfopt.compress.rank import break_even, build, level_bytes, low_rank, split_level
+from gfopt.compress.search import Divergence, Evaluator, dynamic_programming, logits_of
+from gfopt.compress.techniques import dequantize, group4, quantize, store, sub_blocks
+from gfopt.compress.widths import energy, members, narrowed, refit
+from gfopt.lm.model import Llama, LlamaConfig
+
+transformers = pytest.importorskip("transformers")
+VOCAB = 48
+
+
+def randn(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def make(kind):
+    "A tiny random model with grouped queries; sharp enough to tell genomes apart."
+    if kind == "gfopt":
+        m = Llama(LlamaConfig(VOCAB, 32, 3, 4, 2, 64), seed=0)
+    else:
+        cls = dict(llama="Llama", qwen2="Qwen2", qwen3="Qwen3", mistral="Mistral")[kind.split("-")[0]]
+        more = dict(attention_bias=True, mlp_bias=True) if kind == "llama-bias" else dict(head_dim=16) if kind == "qwen3" else {}
+        config = getattr(transformers, f"{cls}Config")(
+            vocab_size=VOCAB, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+            max_position_embeddings=64, tie_word_embeddings=kind != "mistral", bos_token_id=None, eos_token_id=None, pad_token_id=None, **more)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            m = getattr(transformers, f"{cls}ForCausalLM")(config)
+    with torch.no_grad():
+        for n, p in m.named_parameters():
+            if p.dim() == 2: p.normal_(0, 2.0 / math.sqrt(p.shape[1]), generator=torch.Generator().manual_seed(len(n)))
+            elif n.endswith("bias"): p.normal_(0, 0.3, generator=torch.Generator().manual_seed(len(n)))
+    return m.eval().requires_grad_(False)
+
+
+KINDS = ("gfopt", "llama", "llama-bias", "qwen2", "qwen3", "mistral")
+IDS = torch.randint(VOCAB, (4, 16), generator=torch.Generator().manual_seed(5))
+
+
+@pytest.fixture(scope="module")
+def models(): return {kind: make(kind) for kind in KINDS}
+
+
+@pytest.fixture(scope="module")
+def spaces(models): return {k: GenomeSpace(m, TECHNIQUES, moments=moments(m, IDS)) for k, m in models.items()}
+
+
+def chosen(space, genome):
+    genome = space.canonical(tuple(genome))
+    return Compressed(space, SimpleNamespace(genome=genome, bytes=space.bytes(genome), loss=0.0, source="test"))
+
+
+def everything(space):
+    "An attention gone, narrower layers, thin factors, 4, 8 and 16 bits, all in one genome."
+    g = tuple("keep" if "keep" in x.levels else x.levels[i % len(x.levels)] for i, x in enumerate(space.genes))
+    return space.canonical(("drop",) + g[1:])
+
+
+def state_bytes(model): return sum({t.data_ptr(): t.nbytes for t in model.state_dict().values()}.values())
+
+
+def stepwise(model, ids):
+    "Logits of cached reading, one token at a time."
+    return torch.cat([torch.cat([read(ids[r:r + 1, t:t + 1]) for t in range(ids.shape[1])], 1) for r in range(len(ids)) for read in [decoder(model, ids.shape[1])]])
+
+
+# error feedback --------------------------------------------------------------------------------------------------
+@settings(max_examples=25, deadline=None)
+@given(bits=st.sampled_from([3, 4, 8]), group=st.sampled_from([None, 8, 32]), n=st.sampled_from([32, 160]), seed=st.integers(0, 99))
+def test_error_feedback_is_never_worse_than_rounding_to_nearest(bits, group, n, seed):
+    x = randn(300, n, seed=seed) @ randn(n, n, seed=seed + 1) / n ** 0.5
+    w, c = randn(6, n, seed=seed + 2), x.T @ x / 300
+    q, scale = round_with_feedback(w, c, bits, group)
+    top = 2 ** (bits - 1) - 1
+    assert q.abs().max() <= top and q.shape == w.shape and scale.shape == (6, n // (group or n)) and scale.dtype == torch.bfloat16
+    near = layer_error(w, dequantize(*quantize(w, bits, group)), c)
+    got = layer_error(w, dequantize(q, scale), c)
+    assert got <= near
+    if bits == 4: assert got < 0.9 * near
+    literal = float(((x.double() @ (w - dequantize(q, scale)).double().T) ** 2).sum() / 300)
+    assert got == pytest.approx(literal, rel=1e-3)
+
+
+def test_error_feedback_over_several_blocks_equals_the_formula_without_blocks():
+    n = 300
+    x = randn(900, n) @ randn(n, n, seed=1) / n ** 0.5
+    w, c = randn(4, n, seed=2), x.T @ x / 900
+    q, scale = round_with_feedback(w, c, 4, 20)
+    U, v = torch.linalg.cholesky(torch.linalg.inv(damped(c)), upper=True), w.double().clone()
+    for j in range(n):
+        if j % 20 == 0: assert torch.equal(quantize(v[:, j:j + 20].float(), 4)[1][:, 0], scale[:, j // 20])
+        s = scale[:, j // 20].double()
+        r = (v[:, j] / s).round().clamp(-7, 7)
+        assert (r == q[:, j]).all()
+        v[:, j:] -= ((v[:, j] - s * r) / U[j, j])[:, None] * U[j, j:]
+
+
+def test_silent_inputs_do_not_break_the_factorisation():
+    c = torch.zeros(32, 32); c[0, 0] = 1.0
+    for bits in (4, 8): assert torch.isfinite(dequantize(*round_with_feedback(randn(4, 32), c, bits, 16))).all()
+    assert torch.isfinite(refit(randn(4, 32), torch.zeros(32, 32), torch.arange(8))).all()
+    assert all(torch.isfinite(t).all() for t in low_rank(randn(40, 32), c, 4))
+
+
+def test_moments_are_those_of_the_inputs_and_leave_no_hook(models):
+    for kind in ("gfopt", "qwen3"):
+        m, path, seen = models[kind], "model.layers.2.self_attn.o_proj", []
+        c = moments(m, IDS, rows=3)
+        hook = m.get_submodule(path).register_forward_pre_hook(lambda _, a: seen.append(a[0].flatten(0, 1)))
+        logits_of(m, IDS); hook.remove()
+        assert torch.allclose(c[path], seen[0].T @ seen[0] / IDS.numel(), rtol=1e-4, atol=1e-5)
+        assert len(c) == 21 and not any(mod._forward_pre_hooks for mod in m.modules())
+
+
+# heads and neurons -----------------------------------------------------------------------------------------------
+def test_whole_kv_groups_under_grouped_queries(models):
+    for kind, m in models.items():
+        a, x = m.model.layers[1].self_attn, randn(50, 32)
+        name, groups, size = members(a)
+        assert (name, groups, size) == ("heads", 2, 2 * a.head_dim)
+        small = narrowed(a, torch.tensor([1]), torch.eye(2 * size))
+        d = a.head_dim
+        for p, rows in (("q_proj", slice(2 * d, 4 * d)), ("k_proj", slice(d, 2 * d)), ("v_proj", slice(d, 2 * d))):
+            assert torch.equal(small[p].weight, getattr(a, p).weight[rows]), (kind, p)
+            assert torch.allclose(small[p](x), getattr(a, p)(x)[:, rows], atol=1e-5)  # the bias is cut with its rows
+        assert torch.allclose(small["o_proj"].weight, a.o_proj.weight[:, 2 * d:], atol=1e-5)
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 99), k=st.integers(1, 15))
+def test_refitting_is_the_least_squares_answer(seed, k):
+    x = (randn(400, 16, seed=seed) @ randn(16, 16, seed=seed + 1)).double()
+    w, c = randn(5, 16, seed=seed + 2).double(), x.T @ x / 400
+    kept = torch.randperm(16, generator=torch.Generator().manual_seed(seed))[:k].sort().values
+    error = lambda v: float((x @ w.T - x[:, kept] @ v.T).square().sum())
+    best, got = torch.linalg.lstsq(x[:, kept], x @ w.T).solution.T, refit(w, c, kept)
+    assert error(got) <= error(w[:, kept]) * 1.001 and error(got) <= error(best) * 1.5 + 0.05 * float((x @ w.T).square().sum())
+
+
+def test_energy_finds_the_silent_and_ignores_mere_size():
+    w, x = randn(6, 8), randn(200, 8, seed=1)
+    w[:, 3] *= 100; x[:, 3] *= 1e-4  # large and never used
+    s = energy(w, x.T @ x / 200)
+    assert s.argmin() == 3 and energy(w, x.T @ x / 200, 4).shape == (2,)
+
+
+def test_masks_give_no_speed_so_matrices_are_really_smaller(spaces, models):
+    for kind, space in spaces.items():
+        g = tuple(x.levels[0] if x.path.endswith((".heads", ".neurons")) else x.levels[-1] for x in space.genes)
+        m = space.library.use(g)
+        for layer in m.model.layers:
+            assert layer.self_attn.k_proj.weight.shape[0] == layer.self_attn.head_dim and layer.mlp.up_proj.weight.shape[0] == 16
+        assert count_parameters(m) < 0.6 * count_parameters(models[kind]), kind
+
+
+# low rank --------------------------------------------------------------------------------------------------------
+@settings(max_examples=40, deadline=None)
+@given(m=st.integers(4, 70).map(lambda n: 2 * n), n=st.integers(4, 70).map(lambda n: 2 * n), share=st.sampled_from(["1/4", "1/2", "3/4"]), bits=st.sampled_from([4, 8, 16, 32]), bias=st.booleans())
+def test_a_rank_above_break_even_enlarges_and_is_never_offered(m, n, share, bits, bias):
+    r, b = split_level(f"r{share}@{bits}", m, n)
+    assert b == bits and 0 < r < break_even(m, n) and r % 2 == 0
+    layer = torch.nn.Linear(n, m, bias=bias).requires_grad_(False)
+    small = build(layer, f"r{share}@{bits}")
+    assert state_bytes(small) == level_bytes(f"r{share}@{bits}", m, n, bias)
+    assert level_bytes(f"r{share}@32", m, n) < level_bytes(32, m, n)
+    with pytest.raises(ValueError, match="enlarge"): low_rank(layer.weight, None, math.ceil(break_even(m, n)))
+
+
+def test_low_rank_error_is_the_tail_of_the_whitened_spectrum():
+    x = randn(400, 20) * torch.linspace(0.1, 3, 20)
+    w, c = randn(30, 20, seed=1), x.T @ x / 400
+    s = torch.linalg.svdvals(w.double() @ torch.linalg.cholesky(c.double()))
+    for r in (1, 4, 8):
+        a, b = low_rank(w, c, r)
+        assert layer_error(w, a @ b, c) == pytest.approx(float((s[r:] ** 2).sum()), rel=0.01)
+        p, q = low_rank(w, None, r)
+        assert layer_error(w, a @ b, c) < layer_error(w, p @ q, c)
+
+
+def test_unknown_levels_are_refused():
+    for bad in ("r1/3@4", "r1/2@5", "half"):
+        with pytest.raises(ValueError, match="level"): split_level(bad, 8, 8)
+
+
+# genome ----------------------------------------------------------------------------------------------------------
+@settings(max_examples=30, deadline=None)
+@given(kind=st.sampled_from(KINDS), seed=st.integers(0, 10 ** 6), share=st.floats(0, 1))
+def test_scales_biases_embeddings_and_norms_count_as_bytes(spaces, kind, seed, share):
+    space, rng = spaces[kind], random.Random(seed)
+    budget = int(space.low + share * (space.high - space.low))
+    a = space.random(budget, rng)
+    for g in (a, space.mutate(a, budget, rng), space.uniform(budget)):
+        assert g == space.canonical(g)
+        assert state_bytes(space.library.use(g)) == space.bytes(g) <= budget
+        ups = [u for i in range(len(g)) if (u := space.step(g, i, 1))]
+        assert all(space.bytes(u) > budget or space.bytes(u) <= space.bytes(g) for u in ups)
+
+
+def test_an_infeasible_target_raises_at_once_and_never_hangs(spaces, models):
+    for kind, space in spaces.items():
+        for call in (space.uniform, lambda b: space.random(b, random.Random(0)), lambda b: dynamic_programming(space, {}, b)):
+            with pytest.raises(ValueError, match=f"at least {space.low} bytes"): call(space.low - 1)
+        with pytest.raises(ValueError, match=f"at least {space.low} bytes"): compress(models[kind], IDS, budget=space.low - 1, progress=False)
+
+
+@pytest.mark.parametrize("technique", TECHNIQUES)
+def test_each_technique_alone_is_a_space(models, technique):
+    m = models["gfopt"]
+    space = GenomeSpace(m, (technique,), moments=moments(m, IDS))
+    top = tuple(g.levels[-1] for g in space.genes)
+    dense = technique != "bits"
+    assert (space.high == state_bytes(m)) == dense and space.low < space.high
+    if dense: assert torch.equal(space.library.use(top)(IDS), m(IDS))
+    for share in (0.1, 0.5, 0.9):
+        budget = int(space.low + share * (space.high - space.low))
+        assert space.bytes(space.uniform(budget)) <= budget
+
+
+def test_levels_made_in_another_order_are_the_same(models):
+    "A level must not depend on which levels stood in the model when it was first asked for."
+    m = models["gfopt"]
+    c = moments(m, IDS)
+    one, two = (GenomeSpace(m, TECHNIQUES, moments=c) for _ in "ab")
+    rng = random.Random(1)
+    genomes = [one.random(one.high // 2, rng) for _ in range(6)]
+    first = [one.library.use(g)(IDS) for g in genomes]
+    second = [two.library.use(g)(IDS) for g in reversed(genomes)]
+    assert all(torch.equal(a, b) for a, b in zip(first, reversed(second)))
+
+
+def test_the_users_model_is_left_alone(models):
+    for m in models.values():
+        before, heads = {k: v.clone() for k, v in m.state_dict().items()}, [layer.self_attn for layer in m.model.layers]
+        space = GenomeSpace(m, TECHNIQUES, moments=moments(m, IDS))
+        chosen(space, everything(space))
+        assert all(torch.equal(v, before[k]) for k, v in m.state_dict().items()) and heads == [layer.self_attn for layer in m.model.layers]
+        assert [getattr(a, "layer_idx", i) for i, a in enumerate(heads)] == [0, 1, 2]
+
+
+def test_techniques_are_named_and_per_block_has_only_two(models):
+    with pytest.raises(ValueError, match="prune"): make_genes(models["gfopt"], ("prune",))
+    with pytest.raises(ValueError, match="per='linear'"): make_genes(models["gfopt"], TECHNIQUES, per="block")
+
+
+# dynamic programming, evolution ----------------------------------------------------------------------------------
+def test_dynamic_programming_solves_the_whole_menu_exactly():
+    space = GenomeSpace(Llama(LlamaConfig(32, 32, 1, 2, 2, 32)).requires_grad_(False), TECHNIQUES, bits=(8,))
+    rng = random.Random(0)
+    scores = {(i, v): d for i, g in enumerate(space.genes) for v, d in zip(g.levels, sorted((rng.random() for _ in g.levels), reverse=True))}
+    total = lambda g: sum(scores[i, v] for i, v in enumerate(g) if space.audible(g, i))
+    blocks = [[i for i in m] for m in space.groups.values()]
+    parts = []  # the Pareto set of each group, by brute force
+    for members_ in blocks:
+        seen = {}
+        for levels in itertools.product(*(space.genes[i].levels for i in members_)):
+            g = list(x.levels[-1] for x in space.genes)
+            for i, v in zip(members_, levels): g[i] = v
+            g = space.canonical(tuple(g))
+            cost, value = space.group_bytes(space.genes[members_[0]].block, tuple(g[i] for i in members_)), sum(scores[i, g[i]] for i in members_ if space.audible(g, i))
+            seen[cost] = min(seen.get(cost, math.inf), value)
+        parts.append(seen)
+    for share in (0.0, 0.2, 0.5, 0.9):
+        budget = int(space.low + share * (space.high - space.low))
+        best = min(sum(v for _, v in c) for c in itertools.product(*(p.items() for p in parts)) if space.library.fixed + sum(b for b, _ in c) <= budget)
+        got = dynamic_programming(space, scores, budget, cells=10 ** 6)
+        assert space.bytes(got) <= budget and total(got) <= best + 1e-9
+
+
+class Table:
+    "A divergence that is a formula, so that the truth is known."
+    def __init__(self, fn): self.fn, self.ids = fn, torch.zeros(8, 1)
+    def __call__(self, genome): return self.fn(genome)
+    def part(self, genome, start, stop): return self.fn(genome) * (stop - start)
+
+
+def known_world(monkeypatch, space, pairs=3.0):
+    monkeypatch.setattr(space.library, "use", lambda g: g)
+    scores = {(i, v): 0.1 * (len(g.levels) - 1 - j) * (1 + i % 5) for i, g in enumerate(space.genes) for j, v in enumerate(g.levels)}
+    def truth(g):
+        gone = [scores[i, v] for i, v in enumerate(g) if v == "drop"]
+        return 1e-6 + sum(scores[i, v] for i, v in enumerate(g)) + pairs * sum(a * b for a, b in itertools.combinations(gone, 2))
+    return scores, truth
+
+
+@pytest.fixture()
+def coarse(models): return GenomeSpace(models["gfopt"], per="block")
+
+
+def test_evolution_finds_the_optimum_that_can_be_enumerated(monkeypatch, coarse):
+    scores, truth = known_world(monkeypatch, coarse)
+    budget = int(coarse.low + 0.3 * (coarse.high - coarse.low))
+    best = min(truth(g) for g in map(tuple, itertools.product(*(x.levels for x in coarse.genes))) if coarse.bytes(g) <= budget)
+    hits = 0
+    for seed in range(8):
+        ev = Evaluator(coarse, Table(truth))
+        evolve(ev, budget, 40, random.Random(seed), scores)
+        assert ev.spent <= 40
+        hits += ev.best(None, budget)[0][0] <= best
+    assert hits == 8
+
+
+def test_damages_learn_what_single_scores_cannot_know(monkeypatch, coarse):
+    scores, truth = known_world(monkeypatch, coarse, pairs=30.0)
+    rng = random.Random(0)
+    draw = lambda n: {g: truth(g) for g in (tuple(rng.choice(x.levels) for x in coarse.genes) for _ in range(n))}
+    seen, fresh = draw(80), draw(50)
+    d = Damages(coarse, scores)
+    additive = d.features(list(fresh)).sum(1)
+    error = lambda got: sum(abs(math.log(a / b)) for a, b in zip(got, fresh.values()) if b > 0.01)
+    assert error(d.fit(seen).predict(list(fresh)).clip(1e-3)) < 0.7 * error(additive.clip(1e-3))
+    best = min(seen, key=seen.get)
+    learnt = d.learnt(best, 0.0, rng)
+    assert all(abs(learnt[i, v]) < 1e-9 for i, v in enumerate(best))  # nothing changes where nothing moves
+    for (i, v), y in learnt.items(): assert y == pytest.approx(d.predict([best[:i] + (v,) + best[i + 1:]])[0] - d.predict([best])[0], abs=1e-9)
+
+
+def test_every_search_keeps_its_count_and_its_budget(monkeypatch, coarse):
+    scores, truth = known_world(monkeypatch, coarse)
+    budget = coarse.high // 2
+    for go in (lambda ev: evolve(ev, budget, 12, random.Random(0), None), lambda ev: evopress(ev, budget, 12, random.Random(0)),
+               *(lambda ev, m=m: search_with(ev, m, budget, 12, 0) for m in ("ga", "random", "nsga2", "bo"))):
+        ev = Evaluator(coarse, Table(truth))
+        go(ev)
+        assert 0 < ev.spent <= 12 and all(coarse.bytes(g) <= budget for g in ev.known)
+
+
+def test_the_rest_of_the_text_is_paid_for_and_nothing_twice(models):
+    m = models["gfopt"]
+    space = GenomeSpace(m)
+    d = Divergence(m, IDS)
+    ev, g = Evaluator(space, d), space.flat(4)
+    a = ev.glance(g, 0.25)
+    assert ev.spent == 0.25 and a == pytest.approx(Divergence(m, IDS[:1])(space.library.use(g)), rel=1e-5)
+    ev.glance(g, 0.5); assert ev.spent == 0.5
+    assert ev(g, "x") == pytest.approx(d(space.library.use(g)), rel=1e-6) and ev.spent == 1
+    ev(g, "y"); ev.glance(g, 0.75); assert ev.spent == 1
+
+
+def test_evopress_stages_cost_what_the_formula_says(monkeypatch, models):
+    space = GenomeSpace(models["gfopt"])
+    scores, truth = known_world(monkeypatch, space)
+    table = Table(truth); table.ids = torch.zeros(16, 1)
+    ev = Evaluator(space, table)
+    evopress(ev, space.high // 2, 1 + generation_cost(16), random.Random(0))
+    assert ev.spent <= 1 + generation_cost(16) and ev.spent > 2
+
+
+def test_nan_fitness_ranks_last(models):
+    m = models["gfopt"]
+    space = GenomeSpace(m)
+    bad = Table(lambda m: math.nan)
+    bad.ids = IDS
+    ev = Evaluator(space, bad)
+    assert ev(space.flat(8), "x") == math.inf and ev.glance(space.flat(4), 0.5) == math.inf
+    ev.known[space.flat(16)] = 1.0; ev.log.append(("x", space.flat(16), 1.0, 2))
+    assert ev.best("x", space.high)[0][0] == 1.0
+    scores = {(i, v): math.inf if v == 4 else 0.1 for i, g in enumerate(space.genes) for v in g.levels}
+    assert all(map(math.isfinite, Damages(space, scores).fit(ev.known).learnt(space.flat(8), 0.1, random.Random(0)).values()))
+
+
+# compress --------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+def test_hugging_face_models_without_edits_and_baselines_always_run(models, kind):
+    m, state = models[kind], torch.get_rng_state()
+    front = compress(m, IDS, budget=0.15, evaluations=90, validation=IDS.flip(0).contiguous(), progress=False)
+    assert {p.source for p in front.points} == {"uniform", "additive", "greedy", "random", "evolution"} and not front.skipped
+    assert front.evaluator.spent <= 90 and all(p.bytes <= front.budgets[0] for p in front.points)
+    assert front.dense_bytes == dense_bytes(m) == state_bytes(m) and torch.equal(torch.get_rng_state(), state)
+    found = min(p.loss for p in front.points)
+    assert found <= min(p.loss for p in front.points if p.source == "uniform")
+
+
+def test_finalists_are_re_scored_on_fresh_data(models):
+    m, fresh = models["gfopt"], IDS.flip(1).contiguous()
+    front = compress(m, IDS, budget=0.2, evaluations=60, validation=fresh, progress=False)
+    check = Divergence(m, fresh)
+    for p in front.points:
+        assert p.loss == check(front.space.library.use(p.genome)) and p.calibration == front.evaluator.known[p.genome] != p.loss
+
+
+def test_scores_are_measured_on_fewer_rows_when_there_are_many(models):
+    space = GenomeSpace(models["gfopt"], TECHNIQUES)
+    n = 1 + sum(len(g.levels) - 1 for g in space.genes)
+    assert affordable_share(space, 10 * n, 16) == 1 and affordable_share(space, 5, 16) == 0
+    share = affordable_share(space, n, 16)
+    assert share in [k / 16 for k in range(1, 17)] and n * share <= n / 2
+
+
+# export ----------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("kind", KINDS)
+def test_saved_reloaded_and_cached_equal_to_the_last_bit(spaces, models, tmp_path, kind):
+    space = spaces[kind]
+    small = chosen(space, everything(space))
+    before = logits_of(small.model, IDS)
+    assert torch.equal(before, logits_of(space.library.use(everything(space)), IDS))
+    small.save(tmp_path)
+    state = torch.get_rng_state()
+    again = load_compressed(tmp_path)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(logits_of(again, IDS), before)
+    assert (stepwise(again, IDS) - before).abs().max() < 1e-4 * before.abs().max()
+    assert file_bytes(tmp_path) >= space.bytes(small.genome) and count_parameters(again) == count_parameters(small.model)
+    if kind != "gfopt":
+        out = again.generate(IDS[:1], max_new_tokens=6, do_sample=False, attention_mask=torch.ones_like(IDS[:1]))[0].tolist()
+        plain = IDS[0].tolist()
+        for _ in range(6): plain.append(int(logits_of(again, torch.tensor([plain]))[0, -1].argmax()))
+        assert out == plain
+
+
+def test_a_fresh_process_gives_equal_logits_for_every_technique(spaces, tmp_path):
+    want = {}
+    for kind in ("gfopt", "qwen2", "mistral"):
+        small = chosen(spaces[kind], everything(spaces[kind]))
+        small.save(tmp_path / kind)
+        want[kind] = hashlib.sha256(logits_of(small.model, IDS).numpy().tobytes()).hexdigest()
+    code = ("import sys, torch, hashlib, json; from gfopt.compress.export import load_compressed; from gfopt.compress.search import logits_of\n"
+            f"torch.set_num_threads({torch.get_num_threads()}); ids = torch.randint({VOCAB}, (4, 16), generator=torch.Generator().manual_seed(5))\n"
+            "print(json.dumps({k: hashlib.sha256(logits_of(load_compressed(sys.argv[1] + '/' + k), ids).numpy().tobytes()).hexdigest() for k in ('gfopt', 'qwen2', 'mistral')}))")
+    out = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
+    assert out.returncode == 0, out.stderr[-500:]
+    assert json.loads(out.stdout.splitlines()[-1]) == want
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("which", [0, 1])
+def test_layer_index_is_renumbered_and_cached_generation_equals_uncached(spaces, tmp_path, kind, which):
+    "The attention of layer 0 gone (the cache asks layer 0 how long the text is), and a layer gone for good."
+    space = spaces[kind]
+    paths = ["model.layers.0.self_attn"] if which == 0 else ["model.layers.1.self_attn", "model.layers.1.mlp"]
+    small = chosen(space, ("drop" if x.path in paths else x.levels[-1] for x in space.genes))
+    small.save(tmp_path)
+    again = load_compressed(tmp_path)
+    layers = again.model.layers
+    assert len(layers) == 3 - which and small.dropped == sorted(paths)
+    if kind != "gfopt":
+        kept = [layer.self_attn.layer_idx for layer in layers if hasattr(layer.self_attn, "layer_idx")]
+        assert kept == [0, 1] and again.config.num_hidden_layers == 3 - which
+    full = logits_of(again, IDS)
+    assert torch.equal(full, logits_of(space.library.use(small.genome), IDS))
+    assert (stepwise(again, IDS) - full).abs().max() < 1e-4 * full.abs().max()
+
+
+@pytest.mark.parametrize("kind", ["gfopt", "llama", "qwen2", "qwen3", "mistral"])
+@pytest.mark.parametrize("bits", [32, 16])
+def test_uniform_results_open_in_from_pretrained(models, tmp_path, kind, bits):
+    m = models[kind]
+    space = GenomeSpace(m, ("blocks", "heads", "neurons", "bits"), bits=(bits,), moments=moments(m, IDS))
+    def level(x):
+        if x.path.startswith("model.layers.1.") and "drop" in x.levels: return "drop"
+        return x.levels[0] if x.path.endswith(".heads") else x.levels[1] if x.path.endswith(".neurons") else x.levels[-1]
+    small = chosen(space, map(level, space.genes))
+    small.save(tmp_path)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    ours = logits_of(small.model, IDS)
+    assert len(theirs.model.layers) == 2 and theirs.config.num_key_value_heads == 1 and theirs.config.intermediate_size == 32
+    with torch.no_grad(): assert (theirs(IDS).logits - ours).abs().max() < 1e-4 * ours.abs().max()
+    assert torch.equal(logits_of(load_compressed(tmp_path), IDS), ours)
+    if bits == 16: assert (tmp_path / "model.safetensors").stat().st_size < 0.6 * count_parameters(small.model) * 4 + 8192
+    # a result with exceptions in the same folder must not leave a configuration behind that would be believed
+    chosen(space, (x.levels[0] if x.path == "model.layers.0.self_attn.heads" else x.levels[-1] for x in space.genes)).save(tmp_path)
+    assert not (tmp_path / "config.json").exists()
+
+
+def test_files_of_the_first_format_still_open(models, tmp_path):
+    m = models["gfopt"]
+    space = GenomeSpace(m)
+    small = chosen(space, space.flat(8))
+    small.save(tmp_path)
+    spec = json.loads((tmp_path / "compressed.json").read_text())
+    old = {k: spec[k] for k in ("config", "dropped", "sha256")} | dict(format=1, stored={n: row[0] for n, row in spec["matrices"].items()})
+    (tmp_path / "compressed.json").write_text(json.dumps(old))
+    assert torch.equal(load_compressed(tmp_path)(IDS), small.model(IDS))
+
+
+def test_latency_of_the_reloaded_model_is_measured_in_turns_for_hugging_face_too(spaces, tmp_path):
+    chosen(spaces["qwen2"], everything(spaces["qwen2"])).save(tmp_path)
+    got = measure_latency(dict(a=load_compressed(tmp_path), b=make("qwen2")), IDS[:1, :8], new_tokens=3, repeats=2)
+    assert set(got) == {"a", "b"} and all(v > 0 for row in got.values() for v in row.values())
+
+
+def test_a_bias_survives_the_integer_kernel():
+    layer = torch.nn.Linear(512, 512).requires_grad_(False)
+    for bits in (4, 8):
+        small = store(layer, bits).prepare(kernel=True)
+        x = randn(1, 512)
+        exact = F.linear(x, small.weight, layer.bias)
+        assert (small(x) - exact).abs().max() <= 0.02 * exact.abs().max() and torch.equal(small.bias, layer.bias)
+    assert group4(512) == 32 and settle(make("gfopt")).config.n_layers == 3 and len(sub_blocks(make("llama"))) == 6
