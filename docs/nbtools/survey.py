@@ -58,7 +58,7 @@ def _exports(cell: NotebookNode) -> bool:
 
 
 def _asserts(cell: NotebookNode) -> bool:
-    return cell.cell_type == "code" and re.search(r"^\s*assert\b|\.assert_\w+\(|raises\(", cell.source, re.M) is not None
+    return cell.cell_type == "code" and re.search(r"(^|[:;])\s*assert\b|\.assert_\w+\(|raises\(", cell.source, re.M) is not None
 
 
 def _tested_names(nb: NotebookNode) -> tuple[list[str], list[str]]:
