@@ -445,3 +445,20 @@ def test_shards_are_refused():
     with pytest.raises(TypeError, match="'model.norm.weight' is a shard"):
         tune(model)
     assert isinstance(model, Llama)
+
+
+def test_one_writer_at_a_time(tmp_path):
+    "Two runs would tear the chain of sums: the second is refused, and neither loses anything."
+    path, seen = tmp_path / "run.jsonl", []
+
+    def rival(info):
+        if info["step"] == 3:
+            with pytest.raises(RuntimeError, match="another process fine-tunes"):
+                tune(journal=path)
+            seen.append(path.read_text())
+
+    done = tune(journal=path, callback=rival)
+    assert seen and path.read_text().startswith(seen[0]) and done.steps == 6
+    assert not path.with_name("run.jsonl.leases").exists()
+    alone = tune()
+    assert weights_hash(done.model) == weights_hash(alone.model)

@@ -87,6 +87,9 @@ class Log:
         if old and old["made"] != made: warnings.warn(f"{path}: begun with {old['made']}, here {made}: the same numbers, perhaps not the same bits", stacklevel=4)
         self.header["made"] = old["made"] if old else made
         self._file = Journal(path, self.header)
+        with self._file.turn():  # one lease for the whole run: two writers would tear the chain of sums
+            if self._file.held(0): raise RuntimeError(f"{path}: another process fine-tunes with this journal; allowed: one at a time")
+            self._file.lease([0])
         self.events = self._file.events
 
     @classmethod
@@ -102,7 +105,7 @@ class Log:
         event = seal(event, self._crc)
         if self._file is not None:
             sync = "step" not in event or time.monotonic() > self._synced + 1
-            self._file.write([event], sync)
+            with self._file.turn(): self._file.write([event], sync)
             if sync: self._synced = time.monotonic()
         self._crc = int(event["crc"], 16)
         self.events.append(event)
@@ -112,7 +115,11 @@ class Log:
         return "".join(json.dumps(e, separators=(",", ":")) + "\n" for e in [self.header, *self.events])
 
     def close(self):
-        if self._file is not None: self._file.write([], True); self._file.close()
+        if self._file is None or self._file.closed: return
+        with self._file.turn():
+            self._file.write([], True)
+            self._file.leave([0])
+        self._file.close()
 
 def _first_line(path):
     try:
