@@ -211,6 +211,22 @@ def test_legs_run_in_any_executor(kind):
     assert len(study.best.reports) == 27  # reports came home from wherever they were made
 
 
+def test_one_process_climbs_at_a_time(tmp_path):
+    "A second scheduler on the journal would send the same runs up twice: it is refused, and the first goes on."
+    path, asked = tmp_path / "run.jsonl", []
+
+    def objective(p, tokens, report):
+        if not asked:
+            asked.append(path.read_text())
+            with pytest.raises(RuntimeError, match="another process climbs"):
+                tune(continuing, SPACE, "random", 9, fidelity=PAID, scheduler="asha", journal=path, **quiet)
+        return continuing(p, tokens, report)
+
+    study = tune(objective, SPACE, "random", 9, fidelity=PAID, scheduler="asha", journal=path, **quiet)
+    assert asked and path.read_text().startswith(asked[0]) and len(study.trials) == 9
+    assert not path.with_name("run.jsonl.leases").exists()
+
+
 def test_report_without_a_checkpoint_starts_at_zero(tmp_path):
     report = Report("tokens", tmp_path, 30)
     assert report.spent == 0

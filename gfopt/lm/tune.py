@@ -17,7 +17,8 @@ import torch
 from tqdm.auto import tqdm
 from ..bayes.multifidelity import SCHEDULERS, Fidelity, Job, Pruned, believed, falls, goes_on  # noqa: F401
 from ..optimizer import METHODS, Generational, Optimizer, check_choice, check_float, check_int, make_optimizer
-from ..study import Study, _answer
+from ..study import Study
+from ..trial import answer
 
 # %% ../../nbs/4_lm/10_tune.ipynb #10700001
 def step_law(
@@ -82,7 +83,15 @@ class _Charged(Study):
         self.fidelity, self.scheduler, self.spent, self.at = fidelity, scheduler, {}, {}
         self._open, self._told, self._stale = {}, set(), False  # jobs without an answer; trials the population knows
         super().__init__(space, method, seed, journal, maximize, **settings)
-        if scheduler is not None: self._waiting = []
+        if scheduler is not None: self._hold()
+
+    def _hold(self):
+        "What runs is on a rung or a leg left undone: no question for `ask`. One process climbs at a time."
+        with self.turn():
+            if self.journal and self.journal.held(0):
+                raise RuntimeError(f"{self.journal.path}: another process climbs with this journal; allowed: one at a time with a scheduler")
+            if self.journal: self.journal.lease([0])
+            self._held |= set(self._running)
 
     def watch(self, objective, params):
         "A run without a scheduler: its reports are heard, its cost is kept."
@@ -101,7 +110,7 @@ class _Charged(Study):
     # ---- jobs
     def next_job(self, budget):
         "What to do now: what a dead run left undone, else what the scheduler says; None: wait, or nothing."
-        with self._lock:
+        with self.turn():
             if self._open: job = self._open.pop(next(iter(self._open)))
             else:
                 new = len(self.trials) if len(self.trials) < budget else None
@@ -132,11 +141,11 @@ class _Charged(Study):
     # ---- answers
     def answer(self, job, out):
         "The outcome of a leg, into the journal, the scheduler, and the trial where it has ended."
-        value, reason, extra = (None, out["error"], {}) if out["error"] else _answer(out["value"], self.several)
+        value, reason, extra = (None, out["error"], {}) if out["error"] else answer(out["value"], self.several)
         forbidden = any(v > 0 for v in extra.get("violations", ()))
         e = dict(rung=job.trial, level=job.level, cost=out["cost"]) | (dict(value=value) if reason is None else dict(failed=reason))
         e |= (extra if "violations" in extra else {}) | (dict(forbidden=True) if forbidden else {}) | dict(reports=out["reports"])
-        with self._lock:
+        with self.turn():
             self._write(e, sync=True)
             self._note(e)
             self._finish(e)
@@ -174,7 +183,7 @@ class _Charged(Study):
         try:
             self._replay_legs(events)
         except BaseException:
-            self.journal.close()  # its lock would stay behind
+            self.journal.close()
             raise
 
     def _replay_legs(self, events):
