@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -47,7 +48,7 @@ def survivors(faults: list[dict[str, str]]) -> list[str]:
             path = copy / fault["where"]
             text = path.read_text()
             path.write_text(text.replace(fault["old"], fault["new"]))
-            killed = not _green(copy, fault["tests"].split())
+            killed = not _green(copy, shlex.split(fault["tests"]))
             path.write_text(text)
             label = f"{fault['area']}: {fault['where']}: {fault['old']!r} -> {fault['new']!r}"
             print(f"{i:3d}/{len(faults)}  {'killed  ' if killed else 'SURVIVED'}  {label[:150]}", flush=True)
