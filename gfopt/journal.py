@@ -143,7 +143,7 @@ class Journal:
     def _checked(self, lines):
         if not lines:
             self.write([self._header], sync=True)
-        for k in self._header.keys() | lines[0].keys() if lines else ():
+        for k in self._header | lines[0] if lines else ():  # in the order of the header
             theirs, ours = lines[0].get(k), self._header.get(k)
             if theirs != ours or (k == "space" and json.dumps(theirs) != json.dumps(ours)):  # coordinates have an order
                 raise ValueError(f"{self.path}: its {k} is {lines[0].get(k)!r}, asked for is {self._header.get(k)!r}; "

@@ -211,8 +211,7 @@ def test_pruned_and_failed_trials_are_failures():
     s = study(GfoptSampler("bo", initial=4))
     s.optimize(moody, 8, catch=(OSError,))
     assert [t.state for t in s.trials[3:6]] == [TrialState.PRUNED, TrialState.FAIL, TrialState.COMPLETE]
-    own = s.sampler.optimizer.own_state()["y"].tolist()
-    assert sum(math.isinf(v) for v in own) == 2 and s.sampler.optimizer.best[1] == -50
+    assert s.sampler.optimizer.own_state()["y"].isinf().sum() == 2 and s.sampler.optimizer.best[1] == -50
 
 
 @pytest.mark.parametrize("method,kw", [("ga", dict(population=4)), ("bo", dict(initial=4))])
