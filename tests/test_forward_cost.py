@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 
 from gfopt.experiments import forward_cost as fc
 from gfopt.experiments import peers
+from gfopt.lm import population
 from gfopt.lm.model import row_losses
 
 
@@ -224,6 +226,18 @@ def test_what_is_made_once_and_for_all_belongs_to_no_method():
 def test_a_lean_step_needs_no_more_memory_than_inference():
     read = fc.run_memory(fc.NANO, 8, 64, ("forward", "ZerothOrder lean"))["bytes"]
     assert read["ZerothOrder lean"]["peak"] <= 1.05 * read["forward"]["peak"]
+
+
+def test_a_large_embedding_and_its_head_never_exist_whole():
+    shape, tile = fc._llama(64, 1, 2, 2, 176, 8192, 64), 4 * population.TILE
+    model, batch = fc.make_model(shape), fc.make_batch(8192, 1, 8)
+    score, there = fc._score(model, False), [list(model.parameters()), batch]
+
+    def lean():
+        opt = fc.ZerothOrder(model, lr=0.0, batched=1)
+        return lambda: (opt.measure(lambda: score(**opt.expand(batch))), opt.noise.forget(room=True))
+    inference = fc.peak_memory(partial(fc.stepper, "forward", model, score, batch), there)["peak"]
+    assert fc.peak_memory(lean, there)["peak"] - inference < 2 * tile < 4 * 8192 * 64 / 3  # signs of all weights, a tile of one
 
 
 # the bits -------------------------------------------------------------------------------------------

@@ -200,6 +200,22 @@ def test_the_room_for_signs_is_let_go_where_it_is_asked_for():
     assert all(map(torch.equal, d.draw(chunk, 0, 0), first))
 
 
+@pytest.mark.parametrize("noise", DRAW)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kept", [directions.KEPT, 0])
+def test_rows_of_a_member_are_those_of_its_whole_weight_bit_for_bit(noise, dtype, kept, monkeypatch):  # tiles start anywhere in a block of Philox
+    monkeypatch.setattr(directions, "KEPT", kept)
+    shapes = ((7,), (101, 129), (130, 3), (31, 2, 5))
+    chunk = make(shapes, dtype, masks=[None, torch.arange(101 * 129).view(101, 129) % 7 == 0, None, None])
+    changes = DenseNoise(noise, seed=3).changes(chunk, 4, [(2, 1), (0, 0), (2, -1)])
+    for (n, change), z in zip(changes.items(), DenseNoise(noise, seed=3).draw(chunk, 4, 2)):
+        for m, sign in enumerate((1, 0, -1)):
+            p = chunk.params[chunk.names.index(n)].detach()
+            whole = change.weight(m)
+            assert torch.equal(whole, torch.add(p, z, alpha=sign * 0.5).to(dtype) if sign else p)
+            for step in (1, 3, 64): assert torch.equal(torch.cat([change.rows(m, i, i + step) for i in range(0, len(p), step)]), whole)
+
+
 # masks -------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("share", [0.1, 0.25, 1.0])

@@ -1,11 +1,13 @@
 "A population in one batch: every member's rows meet that member's weights, or the parameter is named."
 import gc
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from gfopt.lm import population as module
 from gfopt.lm.model import Llama, config, generate
 from gfopt.lm.population import (
     NOISES,
@@ -187,6 +189,55 @@ def test_a_dense_change_is_made_for_one_member_at_a_time():
             for n, w in twin.named_parameters():
                 w.copy_(member_weight(weights[n], changes[n], p))
             torch.testing.assert_close(out[p], twin(IDS), atol=1e-5, rtol=1e-5)
+
+
+class Tabled(nn.Module):
+    "Looks up tokens and, the same for all rows, positions; a head with a bias, another tied to the tokens."
+
+    def __init__(self):
+        super().__init__()
+        self.tokens, self.positions, self.head = nn.Embedding(203, 6), nn.Embedding(150, 6), nn.Linear(6, 131)
+
+    def forward(self, ids):
+        h = self.tokens(ids) + self.positions(torch.arange(ids.shape[1]))
+        return torch.cat([self.head(h), F.linear(h, self.tokens.weight)], -1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_large_weights_are_made_in_tiles(monkeypatch, dtype):
+    monkeypatch.setattr(module, "TILE", 1)  # tiles of 64 rows
+    torch.manual_seed(0)
+    model, asked = Tabled().to(dtype), []
+    weights = dict(model.named_parameters())
+    made = {n: [(w.detach().float() + 0.1 * NOISES["normal"](w.shape, seed=0, pair=p, tensor=n)).to(dtype) for p in range(3)] for n, w in weights.items()}
+
+    def rows(n, p, i, j):
+        asked.append((n, p, i, j))
+        return made[n][p][i:j]
+
+    def whole(n, p):
+        assert n == "head.bias"  # all others are larger than a tile
+        return made[n][p]
+    changes = {n: Dense(partial(whole, n), partial(rows, n)) for n in weights}
+    ids = torch.tensor([[202, 0, 66, 66, 1], [63, 64, 66, 0, 65]])
+    with torch.no_grad(), Population(weights, changes, 3) as population: out = model(population.expand(ids)).view(3, 2, 5, -1)
+    looked = {(i, j) for n, _, i, j in asked[:12] if n == "tokens.weight"}
+    assert looked == {(0, 64), (64, 128), (192, 256)} and {a[2:] for a in asked if a[0] == "positions.weight"} == {(0, 64)}
+    for p in range(3):
+        twin = Tabled().to(dtype)
+        with torch.no_grad():
+            for n, w in twin.named_parameters(): w.copy_(made[n][p])
+            torch.testing.assert_close(out[p], twin(ids), **(dict(atol=1e-5, rtol=1e-5) if dtype == torch.float32 else dict(atol=0.1, rtol=0.05)))
+
+
+def test_a_token_outside_the_table_is_refused_in_tiles_too(monkeypatch):
+    monkeypatch.setattr(module, "TILE", 1)
+    model = Tabled()
+    weights = dict(model.named_parameters())
+    changes = {n: Dense(lambda p, n=n: weights[n].detach(), lambda p, i, j, n=n: weights[n].detach()[i:j]) for n in weights}
+    for wrong in (-1, 203):
+        with torch.no_grad(), Population(weights, changes, 2) as population, pytest.raises(IndexError):
+            model(population.expand(torch.tensor([[0, wrong]])))
 
 
 def test_factors_of_pairs_and_of_members_are_the_same_change():

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from gfopt.lm import population
 from gfopt.lm.directions import scattered, smallest
 from gfopt.lm.model import Llama, LlamaConfig, row_losses
 from gfopt.lm.noise import normals, signs
@@ -809,6 +810,17 @@ def test_one_dense_member_at_a_time_needs_no_copy_of_the_weights():
     assert all("copies" not in vars(c) for c in opt.chunks())
     other = ZerothOrder(model, lr=0.0).measure(lambda: rows().mean())
     assert loss == pytest.approx(other[0], rel=1e-6) and delta == pytest.approx(other[1][0], rel=1e-2)
+
+
+@pytest.mark.parametrize("settings", [dict(), dict(noise="normal"), dict(sides=1, directions=2), dict(mask=smallest(0.5))])
+def test_tiles_change_nothing_but_the_memory(monkeypatch, settings):  # llama's lookup and logits share one matrix
+    model, told = Llama(LlamaConfig(200, 32, 2, 2, 1, 80), 0), []
+    before = weights(model)
+    for tile in (1 << 40, 1):
+        monkeypatch.setattr(population, "TILE", tile)
+        opt = ZerothOrder(model, lr=0.0, eps=0.01, batched=1, **settings)
+        told.append([opt.measure(lambda: rows_of(model, opt.expand(TEXT)))[0], *opt.measure(lambda: rows_of(model, opt.expand(TEXT)))[1]])
+    assert told[0] == pytest.approx(told[1], rel=1e-5, abs=1e-6) and same(before, weights(model))
 
 
 def test_the_kernels_are_called_with_what_the_cpu_computes(monkeypatch):  # where there are some

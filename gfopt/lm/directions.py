@@ -200,20 +200,21 @@ class DenseNoise:
                 yield out
         return chunk.masked(sums()), 1.0
 
-    def _zeta(self, chunk, k, step, pair, keep=True, own=False):  # of one parameter; `own`: in memory of its own
-        where = dict(seed=self.seed, step=step, pair=pair)
+    def _zeta(self, chunk, k, step, pair, keep=True, part=None):  # of one parameter; `part`: of some elements, flat, in memory of their own
+        where, shape = dict(seed=self.seed, step=step, pair=pair), chunk.shapes[k]
+        made = dict(where, tensor=chunk.names[k], device=chunk.device, dtype=chunk.exact) | ({} if part is None else dict(start=part.start, count=len(part)))
         if chunk.device.type != "cpu" or self.noise == "normal" and not keep:
-            return NOISES[self.noise](chunk.shapes[k], **where, tensor=chunk.names[k], device=chunk.device, dtype=chunk.exact)
+            return NOISES[self.noise](shape, **made)
         if step != self._step: self._step, self._kept = step, {}
         if self.noise == "rademacher":  # a bit a weight, for as many chunks and directions as there is room
             if (chunk, pair) not in self._kept:
-                if sum(v.nbytes for v in self._kept.values()) + chunk.layout.size // 8 > KEPT: return signs(chunk.shapes[k], **where, tensor=chunk.names[k], dtype=chunk.exact)
+                if sum(v.nbytes for v in self._kept.values()) + chunk.layout.size // 8 > KEPT: return signs(shape, **made)
                 self._kept[chunk, pair] = chunk.layout.signs(**where)
-            first, last, out, z = _places(chunk, k, torch.empty(chunk.layout.room(k), dtype=chunk.exact)) if own else self._planned(chunk)[k]
+            first, last, out, z = self._planned(chunk)[k] if part is None else _places(chunk, k, part)
             signs_of(self._kept[chunk, pair][first:last], out)
             return z
         if (chunk, pair) not in self._kept: self._kept = {(chunk, pair): chunk.layout.draw("normal", **where, dtype=chunk.exact)}  # one, 4 bytes a weight
-        return self._kept[chunk, pair][chunk.layout.starts[k]:][:chunk.layout.sizes[k]].view(chunk.shapes[k])
+        return self._kept[chunk, pair][chunk.layout.starts[k]:][:chunk.layout.sizes[k]].view(shape)
 
     def forget(self, room=False):
         "Lets go of the noise of the last step, and of the room where it was unpacked."
@@ -225,7 +226,8 @@ class DenseNoise:
             every, dtype = range(len(chunk.params)), chunk.exact
             most = max(map(chunk.layout.room, every))
             if dtype not in self._rooms or len(self._rooms[dtype]) < most: self._rooms[dtype], self._plans = empty(most, dtype=dtype), {}
-            self._plans[chunk] = [_places(chunk, k, self._rooms[dtype]) for k in every]  # one room for all chunks
+            places = [_places(chunk, k, range(n), self._rooms[dtype]) for k, n in enumerate(chunk.layout.sizes)]  # one room for all chunks
+            self._plans[chunk] = [(*p, z.view(shape)) for (*p, z), shape in zip(places, chunk.shapes)]
         return self._plans[chunk]
 
     def changes(self,
@@ -234,18 +236,21 @@ class DenseNoise:
     ) -> dict[str, Dense]:  # by name, for `Population`
         "What each member makes of each parameter of a chunk, made when an operation asks for it."
         def weigh(k, p, mask):
-            def weight(member):
-                pair, sign = members[member]
-                if not sign: return p.detach()
-                w, z = (chunk.masters or chunk.params)[k].detach(), self._zeta(chunk, k, step, pair, keep=False, own=True)
-                if mask is not None: z.mul_(mask)
+            def weight(member, *rows):  # or from one row to another
+                (pair, sign), here = members[member], slice(*rows) if rows else ...
+                if not sign: return p.detach()[here]
+                w, at = (chunk.masters or chunk.params)[k].detach()[here], rows[0] * p[:1].numel() if rows else 0
+                z = self._zeta(chunk, k, step, pair, keep=False, part=range(at, at + w.numel())).view_as(w)
+                if mask is not None: z.mul_(mask[here])
                 return torch.add(w, z, alpha=sign * float(chunk.group["eps"]), out=z).to(p.dtype)
-            return Dense(weight)
+            return Dense(weight, weight)
         return {name: weigh(k, p, mask) for k, (name, p, mask) in enumerate(zip(chunk.names, chunk.params, chunk.masks))}
 
-def _places(chunk, k, room):  # of a parameter's signs: first and last byte, numbers to unpack them to, and those in its shape
-    at, n, long = chunk.layout.starts[k], chunk.layout.sizes[k], chunk.layout.room(k)
-    return at // 8, (at + long) // 8, room[:long].view(-1, 8).numpy(), room[:n].view(chunk.shapes[k])
+def _places(chunk, k, part, room=None):  # of some of a parameter's signs: first and last byte, numbers to unpack them to, and those
+    at = chunk.layout.starts[k]
+    first, last = (at + part.start) // 8, -(-(at + part.stop) // 8)
+    room = torch.empty(8 * (last - first), dtype=chunk.exact) if room is None else room[:8 * (last - first)]
+    return first, last, room.view(-1, 8).numpy(), room[part.start % 8:][:len(part)]
 
 # %% ../../nbs/4_lm/11_directions.ipynb #4b4eb2b3
 class LowRankNoise:

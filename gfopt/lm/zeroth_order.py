@@ -152,7 +152,7 @@ def _call(closure, members=None):  # of a population; None: one loss is expected
 class ZerothOrder(torch.optim.Optimizer):
     """SPSA and MeZO as a torch optimiser, Eq. (4.5.7) (Spall, 1992; Malladi et al., 2023); one-sided and normalised, Eq. (4.5.9) (FZOO, Dang et al., 2025).
 
-    Memory beside the weights: a copy of them while a loss is measured (one matrix at a time with `batched=1`), signs at one bit per weight and direction, 64 MB of them at most (normals at 4 bytes, for at most 16 million of them); momentum adds 4 bytes per weight, Adam 8, a mask 1,
+    Memory beside the weights: a copy of them while a loss is measured (a tile of one matrix at a time with `batched=1`), signs at one bit per weight and direction, 64 MB of them at most (normals at 4 bytes, for at most 16 million of them); momentum adds 4 bytes per weight, Adam 8, a mask 1,
     masters of 16-bit weights 4. Updates of bfloat16 and float16 weights without masters are rounded stochastically, Eq. (4.5.6).
     Schedulers act on `lr`; `OneCycleLR` needs `cycle_momentum=False`. Gradients do not exist: clipping and GradScaler are unsupported."""
 
