@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.optimize import minimize
 from scipy.stats import beta
 from sklearn.gaussian_process import GaussianProcessRegressor
 from sklearn.gaussian_process.kernels import RBF, ConstantKernel, Matern
@@ -14,7 +15,9 @@ from sklearn.gaussian_process.kernels import RBF, ConstantKernel, Matern
 from gfopt.bayes import acquisition as acq
 from gfopt.bayes.bayesopt import (
     BayesianOptimization,
+    _bfgs,
     best_bend,
+    climb,
     loss_scale,
     separated,
     standard_losses,
@@ -170,6 +173,18 @@ def test_slopes_of_the_posterior():
     assert dm[2] == dv[2] == 0
     at_data = gp.slopes(gp._X[0])
     assert all(np.isfinite(part).all() for part in at_data)
+
+
+@pytest.mark.parametrize("mean", [None, lambda X: 3 - X.sum(1) ** 2])
+def test_slopes_of_many_points_are_those_of_each(mean):
+    rng = np.random.default_rng(2)
+    X, Z = rng.random((15, 3)), rng.random((2, 4, 3))
+    gp = GaussianProcess(lengthscale=[0.2, 0.5, 1.0], scale=1.7, noise=0.01, mean=mean).fit(X, rng.standard_normal(15) * 5)
+    each = [np.array([[gp.slopes(x)[k] for x in row] for row in Z]) for k in range(4)]
+    for many, single in zip(gp.slopes(Z), each, strict=True):
+        np.testing.assert_allclose(many, single, rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(gp.slopes(Z)[1].ravel(), gp.predict(Z.reshape(-1, 3))[1], rtol=1e-9)
+    np.testing.assert_allclose(gp.slopes(Z[0, 0])[2], central(lambda x: float(gp.predict(x)[0][0]), Z[0, 0]), rtol=1e-5, atol=1e-6)
 
 
 def test_categories_are_equally_far_and_integers_are_steps():
@@ -443,6 +458,43 @@ def test_separated_starts():
     chosen = separated(X, X[:, 0], distance, count=4, least=0.04)
     assert chosen[0] == X[:, 0].argmax() and len(chosen) == 4
     assert distance(X[chosen], X[chosen])[np.triu_indices(4, 1)].min() > 0.04
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_climb_ends_where_lbfgsb_does_and_holds_what_may_not_move(seed):
+    rng = np.random.default_rng(seed)
+    A, c, X = rng.normal(size=(5, 5)), rng.uniform(-0.3, 1.3, 5), rng.random((3, 5))
+    A = A @ A.T + 0.3 * np.eye(5)
+    f = lambda X: (-((X - c) @ A * (X - c)).sum(1), -2 * (X - c) @ A)
+    free = np.ones((3, 5), bool)
+    free[1, seed] = False
+    top, value = climb(f, X, np.zeros(5), np.ones(5), free, np.full(5, 0.5), rounds=30)
+    assert (top >= 0).all() and (top <= 1).all() and top[1, seed] == X[1, seed]
+    np.testing.assert_allclose(value, f(top)[0], rtol=1e-12)
+    best = minimize(lambda x: (-f(x[None])[0][0], -f(x[None])[1][0]), X[0], jac=True, bounds=[(0, 1)] * 5, options=dict(ftol=1e-15))
+    assert value.max() == pytest.approx(-best.fun, abs=2e-3) and (value >= f(X)[0]).all()
+
+
+def test_climb_learns_the_curvature():
+    rng = np.random.default_rng(0)
+    A, s, c = rng.normal(size=(3, 4, 4)), rng.normal(size=(3, 4)), rng.normal(size=(3, 4))
+    c *= np.sign((s * c).sum(1))[:, None]
+    H = _bfgs(A @ A.transpose(0, 2, 1), s, c, (s * c).sum(1))
+    np.testing.assert_allclose((H @ c[..., None])[..., 0], s, atol=1e-9)     # the secant equation
+    np.testing.assert_allclose(H, H.transpose(0, 2, 1), atol=1e-9)
+    assert (np.linalg.eigvalsh(H) > 0).all()
+
+
+def test_climb_never_goes_down_on_a_needle():
+    c, X = np.array([0.3, 0.7]), np.random.default_rng(0).random((6, 2))
+    f = lambda X: (-np.log1p(1e4 * ((X - c) ** 2).sum(1)), -2e4 * (X - c) / (1 + 1e4 * ((X - c) ** 2).sum(1, keepdims=True)))
+    before = f(X)[0]
+    for rounds in range(1, 15):
+        top, value = climb(f, X, np.zeros(2), np.ones(2), np.ones((6, 2), bool), np.ones(2), rounds)
+        np.testing.assert_allclose(value, f(top)[0], rtol=1e-12)
+        assert (value >= before).all()
+        before = value
+    assert (before > f(X)[0] + 1).all()
 
 
 @pytest.mark.parametrize("lam", [0.0, 0.3, 1.0])

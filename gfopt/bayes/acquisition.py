@@ -12,7 +12,7 @@ from scipy.special import erfcx, ndtr
 from .gp import safe_cholesky
 
 # %% ../../nbs/3_bayes/04_acquisition.ipynb #740395ff
-def _density(u): return np.exp(-np.clip(u, -1e3, 1e3) ** 2 / 2) / np.sqrt(2 * np.pi)  # zero long before
+def _density(u): return np.exp(-np.minimum(np.abs(u), 1e3) ** 2 / 2) / np.sqrt(2 * np.pi)  # zero long before
 def _scaled(mean, sd, best):
     sd = np.maximum(sd, 1e-150)   # at a point already known: no division by zero, and no improvement
     return sd, (best - mean) / sd
@@ -52,7 +52,7 @@ def log_h(
 ) -> tuple[np.ndarray, np.ndarray]:  # $h(u)=\log(\varphi(u)+u\Phi(u))$ and $h'(u)$
     "Logarithm of the unit expected improvement in three branches, Eq. (3.4.5), and its slope, Eq. (3.4.6)."
     u = np.asarray(u, float)
-    high, low = np.maximum(u, -1.0), np.clip(u, -1e150, -1.0)    # each branch sees only arguments it can bear
+    high, low = np.maximum(u, -1.0), np.minimum(np.maximum(u, -1e150), -1.0)    # each branch sees only arguments it can bear
     far = np.minimum(u, -200.0)
     direct = _density(high) + high * ndtr(high)
     rho = np.sqrt(np.pi / 2) * erfcx(-np.maximum(low, -1e6) / np.sqrt(2))

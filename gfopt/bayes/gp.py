@@ -105,13 +105,13 @@ def log_marginal(
     unknown = np.isnan(np.full(n, np.nan) if noise is None else np.broadcast_to(noise, n))
     k, slope = kernel(D @ w)
     K = np.zeros((n, n))
-    K[a, b] = scale * k
+    K.ravel()[a * n + b] = scale * k
     K[np.diag_indices(n)] = scale + np.where(unknown, tau2, 0.0 if noise is None else noise)
     L, _ = safe_cholesky(K)
     alpha = dpotrs(L, y, lower=1)[0]
     value = -y @ alpha / 2 - np.log(np.diag(L)).sum() - n / 2 * np.log(2 * np.pi)
     inverse = dpotri(L, lower=1)[0]
-    pair = alpha[a] * alpha[b] - inverse[a, b]           # each pair occurs twice: no factor 1/2
+    pair = alpha[a] * alpha[b] - inverse.T.ravel()[b * n + a]           # each pair occurs twice: no factor 1/2
     diagonal = (alpha ** 2 - np.diag(inverse)) / 2
     grad = np.empty_like(theta)
     grad[:-2] = -2 * w * scale * ((pair * slope) @ D)
@@ -210,18 +210,18 @@ class GaussianProcess:
         return self._prior(Xs) + self._shift + self._unit * mean, self._unit ** 2 * variance
 
     def slopes(self, x):
-        "Mean, variance and their gradients at one point x, shape (d,), Eq. (3.3.10); 0 along discrete coordinates."
-        a, w, unit = np.exp(self.theta[-2]), self._w, self._unit
-        k, slope = KERNELS[self.kernel](squared_distance(x[None], self._X, w, self._category)[0])
-        k = a * k
-        solved = dpotrs(self._L, k, lower=1)[0]
-        dk = (2 * a * slope)[:, None] * (x - self._X) * (w * (self._levels == 0))
-        mean, along = self._shift + unit * (k @ self._alpha), unit * (self._alpha @ dk)
+        "Mean, variance and their gradients at points x, shape (..., d), Eq. (3.3.10); 0 along discrete coordinates."
+        a, w, unit, X, continuous = np.exp(self.theta[-2]), self._w, self._unit, x.reshape(-1, x.shape[-1]), self._levels == 0
+        k, slope = KERNELS[self.kernel](squared_distance(X, self._X, w, self._category))
+        solved = dpotrs(self._L, a * k.T, lower=1)[0].T
+        toward = lambda v: ((v * slope).sum(1)[:, None] * X - (v * slope) @ self._X) * (2 * a * w * continuous)  # noqa: E731
+        mean, along = self._shift + unit * a * (k @ self._alpha), unit * toward(self._alpha)
         if self.mean is not None:                 # nobody told us the slope of the prior: central differences
-            steps = 1e-6 * np.diag(self._levels == 0)
-            ends = self._prior(np.concatenate([x[None], x + steps, x - steps]))
-            mean, along = mean + ends[0], along + (ends[1:len(x) + 1] - ends[len(x) + 1:]) / 2e-6
-        return mean, unit ** 2 * max(a - k @ solved, 0.0), along, -2 * unit ** 2 * (solved @ dk)
+            m, h = self._prior(X), 1e-6 * np.diag(continuous)
+            ends = [self._prior((X[:, None] + step).reshape(-1, len(w))).reshape(along.shape) for step in (h, -h)]
+            mean, along = mean + m, along + (ends[0] - ends[1]) / 2e-6
+        variance = unit ** 2 * np.maximum(a - a * (k * solved).sum(1), 0.0)
+        return mean.reshape(x.shape[:-1]), variance.reshape(x.shape[:-1]), along.reshape(x.shape), (-2 * unit ** 2 * toward(solved)).reshape(x.shape)
 
     def condition(self, X, y, noise=0.0):
         "The same process after further losses y at X, hyper-parameters and units kept, Eq. (3.3.11); returns a new one."

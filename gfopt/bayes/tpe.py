@@ -114,9 +114,6 @@ class TPE(Remembering):
         low, high = np.minimum(near.min(0) - .5, 0), np.maximum(near.max(0) + .5, 1)
         return np.where(self._closed, 0, np.maximum(low, self._walls[0])), np.where(self._closed, 1, np.minimum(high, self._walls[1]))
 
-    def _active(self, z):
-        "Which parameters exist at these points, (n, dim) bool."
-        if not any(p.when for p in getattr(self.space, "parameters", {}).values()): return np.ones(tuple(z.shape), bool)
-        return np.array([[name in row for name in self.space.names] for row in self.space.decode(z)])
+    def _active(self, z): return self.space.active(self.space.canonical(z)).cpu().numpy()
 
 def _fading(m): return np.minimum(1, np.append(np.linspace(1 / max(m, 1), 1, max(m - 25, 0)), np.ones(min(m, 25))))
