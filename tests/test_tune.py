@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from gfopt.bayes.multifidelity import ASHA
 from gfopt.experiments import tuning
-from gfopt.lm.text import ByteTokenizer, Corpus, Domain
+from gfopt.lm.text import ByteTokenizer
 from gfopt.lm.tune import Fidelity, Pruned, Report, _leg, step_law, step_law_mean, tune
 from gfopt.optimizer import settings_of
 from gfopt.space import Integer, Real, Space
@@ -330,14 +330,6 @@ def test_pruned_is_an_ordinary_exception():
 
 
 # ---- the experiment
-@pytest.fixture(scope="module")
-def corpus():
-    words = "def return self import for in range if else print value = ( ) :".split()
-    texts = [" ".join(words[(i * k + k * k) % len(words)] for k in range(300)).encode() for i in range(1, 30)]
-    domain = Domain(texts[:20], texts[20:25], texts[25:])
-    return Corpus(domain, domain)
-
-
 @pytest.fixture(scope="module")
 def smoke(corpus):
     return tuning.run_tuning(corpus, ByteTokenizer(), smoke=True, progress=False)

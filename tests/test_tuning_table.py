@@ -12,16 +12,7 @@ import torch
 
 from gfopt.experiments import tuning
 from gfopt.experiments import tuning_table as tt
-from gfopt.lm.text import Corpus, Domain
 from gfopt.lm.tune import tune
-
-
-@pytest.fixture(scope="module")
-def corpus():
-    words = "def return self import for in range if else print value = ( ) :".split()
-    texts = [" ".join(words[(i * k + k * k) % len(words)] for k in range(300)).encode() for i in range(1, 30)]
-    domain = Domain(texts[:20], texts[20:25], texts[25:])
-    return Corpus(domain, domain)
 
 
 @pytest.fixture(scope="module")
