@@ -60,7 +60,9 @@ class Study:
             self._replay(self.journal.events)
 
     def _header(self):
-        return dict(space=self.space.to_json(), method=self.method, settings=self.settings, seed=self.seed, maximize=self.maximize)
+        # a function, such as a prior mean, is known by its name: whoever continues brings it along
+        named = {k: f"function {getattr(v, '__qualname__', type(v).__name__)}" if callable(v) else v for k, v in self.settings.items()}
+        return dict(space=self.space.to_json(), method=self.method, settings=named, seed=self.seed, maximize=self.maximize)
 
     @contextmanager
     def turn(self):

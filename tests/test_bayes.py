@@ -331,6 +331,37 @@ def test_ten_percent_failures_cost_little():
     assert opt.best[1] < 0.01 and np.isinf(opt._y).any()
 
 
+def test_failures_by_chance_are_accidents_and_no_walls():
+    bowl = lambda z: ((z - 0.37) ** 2).sum(1)
+    for seed in range(3):
+        rng = np.random.default_rng(seed)
+        opt = run(Box(0, 1, 3), lambda z, rng=rng: torch.where(torch.tensor(rng.random(len(z)) < 0.1), math.nan, bowl(z)), 35, seed=seed)
+        assert opt.best[1] < 1e-5 and np.isinf(opt._y).any()  # with the worst loss in its place: 1e-3, 8e-6, 5e-8
+
+
+def test_failures_have_a_process_of_their_own():
+    opt = run(Box(0, 1, 2), lambda z: torch.where(z[:, 0] > 0.6, math.nan, ((z - 0.3) ** 2).sum(1)), 18)
+    failed = np.isinf(opt._y[:, 0])
+    (losses, _), (failures, _) = opt._posterior()
+    assert opt._limits == 1 and failed.any()
+    np.testing.assert_array_equal(failures._t, np.where(failed, 3.0, -1.0))
+    np.testing.assert_allclose(np.sort(losses._t[: (~failed).sum()]), np.sort(standard_losses(opt._y[~failed, 0])), rtol=1e-12)
+    assert (losses.predict(opt._z[failed])[1] < 1e-6).all()  # nothing is to be had there
+    wall = failures.predict(np.array([[0.3, 0.3], [0.95, 0.5]]))[0]
+    assert wall[0] < -0.5 < 0.5 < wall[1]
+
+
+def test_failures_beside_several_losses_limits_and_costs():
+    def f(z):
+        return torch.where((z[:, :1] > 0.7), math.nan, torch.stack([(z**2).sum(1), ((z - 1) ** 2).sum(1)], 1))
+
+    opt = BayesianOptimization(Box(0, 1, 2), seed=1)
+    for _ in range(14):
+        z = opt.ask(1)
+        opt.tell(z, f(z), violations=(z[:, 1:] - 0.9), cost=[1.0 + float(z[0, 0])])
+    assert opt._limits == 2 and len(opt._posterior()) == 5 and torch.isfinite(opt.ask(3)).all()
+
+
 def test_a_region_of_failures_is_left():
     f = lambda z: torch.where(z[:, 0] > 0.4, math.inf, ((z - 0.3) ** 2).sum(1))
     opt = run(Box(0, 1, 2), f, 25)

@@ -485,3 +485,19 @@ def test_kill_9_loses_at_most_the_evaluation_in_flight(tmp_path, method):
         assert asked - told <= 1
     subprocess.run(run(path), check=True, env=env)
     assert path.read_bytes() == whole.read_bytes()
+
+
+def law(rows):
+    return np.array([(p["x"] - 0.4) ** 2 for p in rows])
+
+
+def test_a_prior_mean_is_kept_by_its_name_and_brought_along(tmp_path):
+    space, f = Space(x=Real(0, 1), k=Integer(1, 4)), lambda p: (p["x"] - 0.3) ** 2 + 0.01 * p["k"]
+    whole = minimize(f, space, "bo", 9, journal=tmp_path / "a.jsonl", mean=law, progress=False)
+    for budget in (4, 9):
+        again = minimize(f, space, "bo", budget, journal=tmp_path / "b.jsonl", mean=law, progress=False)
+    assert again.x_iters == whole.x_iters and (tmp_path / "a.jsonl").read_bytes() == (tmp_path / "b.jsonl").read_bytes()
+    assert json.loads((tmp_path / "a.jsonl").read_text().splitlines()[0])["settings"] == {"mean": "function law"}
+    for other in (dict(), dict(mean=lambda rows: law(rows))):
+        with pytest.raises(ValueError, match="its settings is"):
+            minimize(f, space, "bo", 12, journal=tmp_path / "b.jsonl", progress=False, **other)

@@ -197,6 +197,23 @@ def test_any_method_replays(table, scheduler):
         assert t.extra["cost"] == max(t.reports) in table.tokens  # a table's training continues: every token once
 
 
+@pytest.mark.parametrize("method", ["random", "ga", "pso", "cmaes", "bo", "tpe"])
+def test_every_proposal_was_recorded(table, method):
+    study = tune(table.objective, table.space, method, 24, default=table.default, fidelity=table.fidelity, progress=False, seed=1)
+    assert all(t.params in table.configs for t in study.trials)
+    if method == "bo": assert len({table.nearest(t.params) for t in study.trials}) == 24  # what is known is not asked again
+
+
+def test_the_space_of_recorded_points_keeps_them_and_their_categories(table):
+    z = table.space.encode(table.configs)
+    assert torch.equal(table.space.canonical(z), z) and table.space.snaps
+    u = torch.rand(300, table.space.dim, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    snapped = table.space.canonical(u)
+    assert torch.equal(snapped, z[table.space.index(u)])
+    plain = tt.SPACE.decode(tt.SPACE.canonical(u))
+    assert [p["optimizer"] for p in table.space.decode(snapped)] == [p["optimizer"] for p in plain]
+
+
 def test_a_missing_table_says_what_to_do(tmp_path):
     with pytest.raises(FileNotFoundError, match="not in the installed package.*clone it.*python -m gfopt.experiments.tuning_table"):
         tuning.load_table(tmp_path / "none.json.gz")

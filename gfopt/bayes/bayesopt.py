@@ -246,18 +246,20 @@ class BayesianOptimization(Optimizer):
         return fit(keep, tau2, lengthscale=length, scale=a)
 
     def _posterior(self):
-        "Processes and units of the losses, then of the violations, then of the logarithm of the cost where these were told."
+        "Processes and units of the losses, then of violations and failures, then of the logarithm of the cost where these were told."
         if self._models is None:
             U, y, told, none = self._unit(self._z), self._y, self._told, np.full(len(self._y), np.nan)
             if self.mean and self.m > 1: raise ValueError(f"mean: {self.mean!r}; allowed: None with several losses")
             noise, cost, done = (*(np.column_stack([told[k], none])[:, 0] for k in ("noise", "cost")), np.isfinite(y).all(1))
-            jobs = [(f"loss {j}", U, y[:, j], lambda v: loss_scale(v, self.warp), noise if self.m == 1 else none, self.mean and self._prior)
+            jobs = [(f"loss {j}", U[done], y[done, j], lambda v: loss_scale(v, self.warp), (noise if self.m == 1 else none)[done], self.mean and self._prior)
                     for j in range(self.m)]
             for j, c in enumerate(told["violations"].T):
                 if (k := done & np.isfinite(c)).any(): jobs.append((f"limit {j}", U[k], c[k], _boundary, none[k]))
+            if not done.all(): jobs.append(("failure", U, np.where(done, -1.0, 3.0), lambda _: _as_it_is, none))     # Eq. (3.5.5)
             self._limits, k = len(jobs) - self.m, cost > 0
             if k.any(): jobs.append(("cost", U[k], np.log(cost[k]), lambda v: loss_scale(v, False), none[k]))
-            self._models = [self._process(*job) for job in jobs]
+            self._models, failed = [self._process(*job) for job in jobs], U[~done][-500:]
+            if len(failed): self._models[:self.m] = [(gp.condition(failed, gp.predict(failed)[0]), scale) for gp, scale in self._models[:self.m]]
         return self._models
 
     def _prior(self, u):
@@ -343,6 +345,7 @@ class BayesianOptimization(Optimizer):
         for _ in range(1 if self._real.all() else 2):
             if self._real.any(): X, V = self._climb(gps, goal, X, a, b)
             if not self._real.all(): X, V = self._sweep(worth, X, V)
+        if self.space.snaps: V = worth(X := self._canonical(X))
         C, value = np.concatenate([X, C]), np.append(V, value)
         if len(pending): value = np.where(np.abs(C[:, None] - pending).max(-1).min(1) < .01, -np.inf, value)
         return C[self._first_new(C, np.argsort(-value, kind="stable"))]
@@ -401,6 +404,8 @@ def _rng(*key): return np.random.default_rng(generator("bo", *key).initial_seed(
 def _padded(a, b, value):
     k = max(a.shape[-1], b.shape[-1]) if a.ndim > 1 else 0
     return [np.pad(v, [(0, 0), (0, k - v.shape[-1])], constant_values=value) if k else v for v in (a, b)]
+
+def _as_it_is(v): return v, np.ones(np.shape(v))
 
 def _boundary(c):
     "Violations in units of their root mean square: zero stays zero, because there is the boundary."

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import partial
 import numpy as np
 import torch
-from tqdm.auto import tqdm
+from tqdm import tqdm
 from ..lm.model import Llama, LlamaConfig, bits_per_byte, config
 from ..lm.pretrain import pretrain
 from ..lm.text import pack, windows

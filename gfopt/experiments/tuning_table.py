@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SPACE', 'DEFAULT', 'PRESETS', 'ETA', 'RIVALS', 'rate', 'rungs_of', 'train', 'design', 'record_table', 'pack_table',
-           'TuningTable', 'load_table', 'search_path', 'run_bench', 'shares', 'main']
+           'Recorded', 'TuningTable', 'load_table', 'search_path', 'run_bench', 'shares', 'main']
 
 # %% ../../nbs/6_experiments/15_tuning_table.ipynb #f1500004
 import gzip
@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 import numpy as np
 import torch
-from tqdm.auto import tqdm
+from tqdm import tqdm
 from .provenance import provenance
 from .tuning import Work, prepare, _Bytes
 from ..lm.model import Llama, bits_per_byte, config, row_losses
@@ -178,25 +178,41 @@ def pack_table(head: dict, lines: list, out: Path) -> dict:
     return whole
 
 # %% ../../nbs/6_experiments/15_tuning_table.ipynb #f1500021
+class Recorded(Space):
+    "A space of recorded configurations: `canonical` moves every point to $z_{i^*}$ of Eq. (6.15.2)."
+
+    @classmethod
+    def among(cls, space: Space, configs: list[dict]) -> "Recorded":
+        new = cls.from_json(space.to_json())
+        category = (space.levels > 0) & ~space.ordered
+        new._z, new._far, new.snaps = space.encode(configs), torch.where(category, 1e3, 1.0).double(), True  # another category is never near
+        return new
+
+    def index(self, z) -> torch.Tensor:
+        "The number of the nearest configuration to each point z, shape (n, dim)."
+        z = super().canonical(z)  # whole levels, and the coordinates that do not exist in their middle
+        return torch.cdist(z * self._far, self._z * self._far, compute_mode="donot_use_mm_for_euclid_dist").argmin(1)
+
+    def canonical(self, z): return self._z[self.index(z)]
+
+
 class TuningTable:
     "Recorded trainings as an objective for any optimiser: `table(params)`, `table.objective(params, tokens, report)`."
 
     def __init__(self, record: dict):  # what `record_table` wrote
-        self.record, self.space, self.default = record, Space.from_json(record["space"]), record["default"]
+        self.record, self.default = record, record["default"]
         self.configs = [r["params"] for r in record["runs"]]
         self.losses = np.array([[math.nan if v is None else v for v in r["losses"]] for r in record["runs"]])  # (n, 3) bits per byte, nan: diverged
         self.curves = [r["curve"] for r in record["runs"]]  # of each: [[tokens, loss], ...]
         self.tokens = [record["settings"]["low"] * record["eta"]**k for k in range(self.losses.shape[1])]
         self.fidelity = Fidelity("tokens", self.tokens[0], self.tokens[-1], record["eta"])
-        self._z = self.space.encode(self.configs).numpy()
-        category = ((self.space.levels > 0) & ~self.space.ordered).numpy()
-        self._far = np.where(category, 1e3, 1.0)  # another category is never near
+        self.space = Recorded.among(Space.from_json(record["space"]), self.configs)
 
     def __len__(self) -> int: return len(self.configs)
 
     def nearest(self, params: dict) -> int:
         "The recorded configuration that answers for this one, Eq. (6.15.2)."
-        return int((((self._z - self.space.encode(params).numpy()) * self._far) ** 2).sum(1).argmin())
+        return int(self.space.index(self.space.encode(params)))
 
     def __call__(self, params: dict) -> float:
         "The loss of a full training."
@@ -228,10 +244,10 @@ RIVALS = {  # name: (method, scheduler, trainings' worth of tokens after which i
     "ga": ("ga", None, 100, dict(population=8)),
     "pso": ("pso", None, 100, dict(population=8)),
     "cmaes": ("cmaes", None, 100, {}),
-    "bo": ("bo", None, 15, {}),
-    "bo + asha": ("bo", "asha", 15, {}),
-    "tpe": ("tpe", None, 15, {}),
-    "tpe + asha": ("tpe", "asha", 15, {}),
+    "bo": ("bo", None, 30, {}),
+    "bo + asha": ("bo", "asha", 30, {}),
+    "tpe": ("tpe", None, 30, {}),
+    "tpe + asha": ("tpe", "asha", 30, {}),
 }
 
 

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 import numpy as np
 import torch
-from tqdm.auto import tqdm
+from tqdm import tqdm
 from ..bayes.multifidelity import SCHEDULERS, Fidelity, Job, Pruned, believed, falls, goes_on  # noqa: F401
 from ..optimizer import METHODS, Generational, Optimizer, check_choice, check_float, check_int, make_optimizer
 from ..study import Study
