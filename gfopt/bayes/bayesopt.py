@@ -109,7 +109,7 @@ def climb(
         gain, hoped, bent = w - v, (u * s).sum(1), (s * c).sum(1)
         up = gain >= 1e-4 * hoped
         H[up & (bent > 0)] = _bfgs(H, s, c, bent)[up & (bent > 0)]
-        t = np.where(up, 1.0, t * np.clip(hoped / np.maximum(2 * (hoped - gain), 1e-300), .1, .5))
+        t = np.where(up, 1.0, t * np.clip(hoped / np.maximum(2 * np.maximum(hoped - gain, hoped), 1e-300), .1, .5))
         X, v, g = np.where(up[:, None], Y, X), np.where(up, w, v), np.where(up[:, None], h, g)
         if (hoped * np.where(up, 1.0, t) < np.maximum(v.max() - v, 1e-4)).all(): break     # nobody will pass the highest
     return X, v
