@@ -249,6 +249,20 @@ def test_the_survey_counts_and_complains(project):
     ]
 
 
+@pytest.mark.parametrize(
+    "text, has",
+    [
+        ("**Exercise.** Why?\n\n<details><summary>Solution</summary>\n\nBecause.\n\n</details>", True),
+        ("> <details><summary>Solution</summary>\n>\n> Because.\n>\n> </details>", True),
+        ("> **Break it yourself.** Why?", False),
+        ("<details><summary>Solution</summary>\n\nnever closed", False),
+        ("<details><summary>More</summary>\n\nnothing\n\n</details>", False),
+    ],
+)
+def test_a_theory_notebook_ends_with_a_folded_solution(text, has):
+    assert survey._has_solution(book(new_markdown_cell(text))) is has
+
+
 def test_the_survey_of_the_book():
     "What `make check` prints: every rule of the book holds."
     table, complaints = survey.report()

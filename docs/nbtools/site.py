@@ -8,13 +8,14 @@ from pathlib import Path
 
 from docutils import nodes
 
-from . import api, stage
+from . import api, references, stage
 
 
 def prepare(app, config) -> None:
     docs = Path(app.srcdir)
     stage.stage(docs)
     api.write_pages(docs / "api")
+    references.write_page(docs)
 
 
 def keep_formulas(app, doctree) -> None:
@@ -42,6 +43,8 @@ def setup(app) -> dict:
     app.connect("config-inited", prepare)
     app.connect("autodoc-process-docstring", api.parameters)
     app.connect("doctree-read", api.link_names)
+    app.connect("doctree-read", references.mark_equations)
+    app.connect("doctree-read", references.link_text)
     app.connect("doctree-read", keep_formulas)
     app.connect("build-finished", copy_mathjax)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -89,7 +89,8 @@ def contents() -> str:
             folders.setdefault(name.rpartition("/")[0], []).append(f"notebooks/{name}")
     trees = [(CAPTIONS.get(folder, folder or "Notebooks"), ps) for folder, ps in folders.items()]
     others = [f"notebooks/{p.stem}" for p in sorted(NBS.glob("index.*.ipynb"))]
-    trees.append(("Reference", ["api/index", *others, "contributing", "security", "changelog"]))
+    pages = ["symbols", "glossary", "references", "api/index"]
+    trees.append(("Reference", [*pages, *others, "contributing", "security", "changelog"]))
     return "\n\n".join(
         "```{toctree}\n:hidden:\n:caption: " + caption + "\n\n" + "\n".join(pages) + "\n```"
         for caption, pages in trees

@@ -1,7 +1,8 @@
 """A table of the book: what each notebook costs, says, shows, tests and proves.
 
 Four columns are rules and fail the check: seconds, figures without a text for those who cannot
-see them, formulas without a number, numbered formulas that nothing evaluates.
+see them, formulas without a number, numbered formulas that nothing evaluates. So does a theory
+notebook without an exercise whose solution is folded away.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from .check import DISPLAY, FENCE, TAG
 from .notebooks import NBS, directives, notebooks, read
 
 SECONDS = {"6_experiments": 60, "": 20}  # of processor time, by folder
+THEORY = ("1_foundations", "2_search", "3_bayes", "4_lm", "5_compress")  # folders whose notebooks end with an exercise
+SOLUTION = re.compile(r"^(?:> ?)?<details><summary>Solution</summary>$(?=.*^(?:> ?)?</details>\s*$)", re.M | re.S)
 HEAD = ("seconds", "words", "lines", "p90", "figures", "alt", "names", "tested", "equations", "asserted")
 
 
@@ -42,7 +45,12 @@ def survey(path: Path) -> tuple[dict[str, object], list[str]]:
     bad += [f"{name}: {mute} figures without `#| fig-alt:`"] if mute else []
     bad += [f"{name}: {bare} formulas without a \\tag or \\notag"] if bare else []
     bad += [f"{name}: no cell asserts equation ({n})" for n in numbers if n not in proved]
+    bad += [f"{name}: no exercise with a folded solution"] if name.startswith(THEORY) and not _has_solution(nb) else []
     return {"notebook": name} | row, bad
+
+
+def _has_solution(nb: NotebookNode) -> bool:
+    return any(c.cell_type == "markdown" and SOLUTION.search(c.source) for c in nb.cells)
 
 
 def _lines(source: str) -> int:
