@@ -25,9 +25,9 @@ from ..lm.subspace import add_logit_bias
 from ..lm.text import load_corpus, pack, sample_batch, unigram_bpb
 from ..optimizer import generator
 
-# %% ../../nbs/6_experiments/18_rewards.ipynb #f97c6d37
-PARSE = REWARD | dict(base=dict(size="nano", seconds=None, steps=600, vocab_size=1024), judged=384, temperatures=[0.2, 0.4, 0.6, 0.8, 1.0],
-                      steps=60, every=15, length=64)
+# %% ../../nbs/6_experiments/18_rewards.ipynb #6a3457b9
+PARSE = REWARD | dict(base=dict(size="nano", seconds=None, steps=600, vocab_size=1024), temperatures=[0.2, 0.4, 0.6, 0.8, 1.0],
+                      steps=60, every=15, length=32)
 
 
 def parse_base(s: dict) -> tuple:  # corpus, model, tokenizer
