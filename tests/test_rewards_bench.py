@@ -1,15 +1,21 @@
 "The rewards that were measured: what the base reads, how answers are counted, and that what is recorded keeps its promises."
+import json
+from pathlib import Path
+
 import pytest
 import torch
 from torch.nn.functional import one_hot
 
 from gfopt.experiments import rewards_bench as rb
+from gfopt.lm.anchor import lost_share
 from gfopt.lm.answers import sums, verified
 from gfopt.lm.text import ByteTokenizer
 
+RECORDED = Path(__file__).parent.parent / "nbs/results/rewards_cpu.json"
+
 
 class Oracle:
-    "Writes the true answer, or the next number for questions whose first number is odd; counts the tokens it is asked for."
+    "Writes the true answer, or the next number for questions whose first number is odd."
 
     def cache(self, n): return []
 
@@ -64,3 +70,26 @@ def test_a_toy_of_every_row_runs_and_goes_on(tmp_path):
     habit = rb.learn_to_add(small["sums"], "habit", 0)
     assert len(habit["curve"]) == 3 and all(0 <= v <= 1 for pair in habit["curve"] for v in pair) and 0 <= habit["same"] <= 1
     assert habit == rb.learn_to_add(small["sums"], "habit", 0)
+
+
+@pytest.fixture(scope="module")
+def recorded(): return json.loads(RECORDED.read_text())
+
+
+def test_what_is_recorded_was_measured_with_what_stands_in_the_module(recorded):
+    assert recorded["settings"] == json.loads(json.dumps(rb.CPU)) and not any("error" in r for r in recorded["rows"].values())
+
+
+@pytest.mark.parametrize("weight", rb.CPU["weights"])
+@pytest.mark.parametrize("seed", rb.CPU["seeds"])
+def test_twenty_points_at_a_tenth_of_the_gain(recorded, seed, weight):
+    run, base = recorded["rows"][f"parse {weight} {seed}"], recorded["rows"][f"prompt {seed}"]
+    assert max(run["shares"].values()) - max(base["shares"].values()) >= 0.2
+    assert lost_share(run["curve"][-1][1], run["curve"][0][1], run["nothing"]) <= 0.1
+    assert run["curve"][0][0] == base["shares"][str(rb.PARSE["temperature"])]  # the same base, the same draws
+
+
+@pytest.mark.parametrize("seed", rb.CPU["seeds"])
+def test_sums_are_at_least_doubled(recorded, seed):
+    (sampled, greedy), (s, g) = (recorded["rows"][f"sums habit {seed}"]["curve"][k] for k in (0, -1))
+    assert s >= 2 * sampled and g >= 2 * greedy
