@@ -62,12 +62,16 @@ def test_finetune_and_replay(folder, capsys):
     code, out, _ = run(capsys, RUN + "tuned --evaluate rows.jsonl --every 2 --json")
     short = json.loads(out.splitlines()[-1])
     assert code == 0 and short["steps"] == 3 and short["stopped"] == "steps" and short["out"] == "tuned" and short["best_step"] in (0, 2, 3)
+    assert "remember=...) measures it" in Path("tuned/report.html").read_text() and "lost" not in short
     code, out, _ = run(capsys, "replay base tuned/finetune.jsonl --out again --json --quiet")
     assert code == 0 and json.loads(out.splitlines()[-1])["weights"] == weights_hash(load_model("tuned")) == weights_hash(load_model("again")) != weights_hash(load_model("base"))
     assert ByteTokenizer().to_json() == Path("again/tokenizer.json").read_text()
     run(capsys, RUN + "tuned --evaluate rows.jsonl --every 2 --steps 5")  # goes on
     assert run(capsys, "replay base tuned/finetune.jsonl --upto 3 --out third --quiet")[0] == 0
     assert weights_hash(load_model("third")) == weights_hash(load_model("again")) != weights_hash(load_model("tuned"))
+    code, out, _ = run(capsys, RUN + "kept --evaluate rows.jsonl --remember rows.jsonl --every 2 --json")
+    short = json.loads(out.splitlines()[-1])
+    assert code == 0 and short["gained"] == pytest.approx(-short["lost"]) and f"Gained {short['gained']:.4g}, lost" in Path("kept/report.html").read_text()
     best = run(capsys, RUN + "best --evaluate rows.jsonl --every 2 --steps 5 --best")
     assert best[0] == 0 and run(capsys, "replay base best/finetune.jsonl --upto best --out b --quiet")[0] == 0
     assert weights_hash(load_model("b")) == weights_hash(load_model("best"))
@@ -115,7 +119,7 @@ def replaced(line, **words):
 
 
 FINETUNE = [  # what is changed, the exit code, what the complaint must say
-    (dict(data="missing.jsonl"), "", 1, "--data missing.jsonl: no such file"), (dict(data="empty"), "", 1, "--data empty: no such file"), (dict(), "--evaluate missing.jsonl", 1, "--evaluate missing.jsonl"),
+    (dict(data="missing.jsonl"), "", 1, "--data missing.jsonl: no such file"), (dict(data="empty"), "", 1, "--data empty: no such file"), (dict(), "--evaluate missing.jsonl", 1, "--evaluate missing.jsonl"), (dict(), "--remember missing.jsonl", 1, "--remember missing.jsonl"),
     (dict(data="broken.jsonl"), "", 1, "broken.jsonl, line 2"), (dict(data="list.jsonl"), "", 1, "list.jsonl, line 1"), (dict(data="keys.jsonl"), "", 1, "prompt is None; allowed: a string"),
     (dict(data="number.jsonl"), "", 1, "text is 7; allowed: a string"), (dict(data="void.jsonl"), "", 1, "void.jsonl: no rows"), (dict(data="mixed.jsonl"), "", 1, "row 2 has input_ids"),
     (dict(data="long.jsonl"), "", 1, "allowed: length=128"), (dict(data="ids.jsonl"), "", 1, "input_ids is 'abc'"), (dict(data="latin.jsonl"), "", 1, "utf-8"), (dict(data="text.jsonl"), "", 1, "line 1: 'Dear diary'"),

@@ -3,9 +3,19 @@ import copy
 
 import pytest
 import torch
+from finetuning import ROWS, tune
 from torch.distributions import Categorical, kl_divergence
 
-from gfopt.lm.anchor import anchored, base_logits, kl, l2, lost_share, trade
+from gfopt.lm.anchor import (
+    anchored,
+    base_logits,
+    finetune_report,
+    gained,
+    kl,
+    l2,
+    lost_share,
+    trade,
+)
 from gfopt.lm.evolution import LowRankES
 from gfopt.lm.model import Llama, LlamaConfig, row_losses
 
@@ -99,3 +109,18 @@ def test_share_and_trade():
     assert lost_share(2.0, 2.0, 4.5) == 0 and lost_share(4.5, 2.0, 4.5) == 1 and lost_share(1.9, 2.0, 4.0) < 0
     assert trade([(0.1, 2.0), (0.1, 2.0), (0.3, 3.0)], 4.0)[1:] == [dict(points=0, lost=0), dict(points=pytest.approx(20), lost=0.5)]
     with pytest.raises(ValueError, match="nothing"): lost_share(2.0, 3.0, 2.9)
+
+
+def test_the_report_of_a_fine_tune_shows_gain_against_forgetting(tmp_path):
+    values, kept = iter([3.0, 2.5, float("nan"), 2.0]), iter([1.0, 1.25, 1.5, 0.75])
+    tuned = tune(steps=6, every=2, evaluate=lambda m: next(values), remember=lambda m: next(kept))
+    assert gained(tuned) == [dict(step=0, gained=0, lost=0), dict(step=2, gained=0.5, lost=0.25), dict(step=6, gained=1.0, lost=-0.25)]
+    text = finetune_report(tuned, tmp_path / "r.html").read_text()
+    assert "6 steps of lowrank_es, stopped by steps. Gained 1, lost -0.25 since" in text and text.count("<img") == 1 and "&quot;population&quot;: 8" in text
+
+
+@pytest.mark.parametrize("more", [{}, dict(evaluate=ROWS)], ids=["nothing", "evaluation only"])
+def test_a_report_without_the_second_loss_says_what_is_missing(tmp_path, more):
+    tuned = tune(steps=2, **more)
+    text = finetune_report(tuned, tmp_path / "r.html").read_text()
+    assert gained(tuned) == [] and "remember=...) measures it" in text

@@ -31,7 +31,7 @@ from gfopt.lm.finetune import (
     read_jsonl,
     rows_of_step,
 )
-from gfopt.lm.model import Llama, load_model, row_losses
+from gfopt.lm.model import load_model, row_losses
 from gfopt.lm.replay import decode, replay, weights_hash
 from gfopt.lm.text import ByteTokenizer
 from gfopt.lm.zeroth_order import ZerothOrder
@@ -196,6 +196,22 @@ def test_evaluation_on_data_is_the_mean_over_its_rows():
     with torch.no_grad():
         assert values[3] == pytest.approx(float(next_token(tuned.model, held).mean()), rel=1e-6)
         assert values[0] == pytest.approx(float(next_token(tiny(), held).mean()), rel=1e-6)
+
+
+def test_what_should_stay_is_looked_at_too(tmp_path):
+    "With every evaluation, on text and by next_token whatever the objective; not part of what the steps depend on."
+    held = {k: v[:7] for k, v in ROWS.items()}
+    twice = lambda m, b: 2 * next_token(m, b)  # noqa: E731
+    tuned = tune(objective=twice, steps=3, evaluate=held, remember=held, every=2, journal=tmp_path / "j")
+    looks = [e for e in tuned.history if "eval" in e]
+    assert [e["eval"] for e in looks] == [0, 2, 3] and all(e["value"] == pytest.approx(2 * e["kept"], rel=1e-6) for e in looks)
+    again = tune(objective=twice, steps=3, evaluate=held, remember=held, every=2, journal=tmp_path / "j")
+    assert again.history == tuned.history
+    without = tune(objective=twice, steps=3, evaluate=held, every=2)
+    assert weights_hash(without.model) == weights_hash(tuned.model) and not any("kept" in e for e in without.history)
+    values = iter([1.0, math.nan])
+    by_function = tune(steps=2, evaluate=held, remember=lambda m: next(values), every=2)
+    assert [e["kept"] for e in by_function.history if "eval" in e] == [1.0, None]
 
 
 def test_callback_sees_every_step_and_stops():
@@ -384,7 +400,7 @@ class Endless(IterableDataset):
 
 @pytest.mark.parametrize("change,kind,match", [
     (dict(steps=-1), ValueError, "steps: -1"), (dict(steps=2.5), ValueError, "steps: 2.5"), (dict(every=0), ValueError, "every: 0"),
-    (dict(patience=0, evaluate=ROWS), ValueError, "patience: 0"), (dict(patience=2), ValueError, "patience: needs evaluate"), (dict(batch_size=0), ValueError, "batch_size: 0"),
+    (dict(patience=0, evaluate=ROWS), ValueError, "patience: 0"), (dict(patience=2), ValueError, "patience: needs evaluate"), (dict(remember=ROWS), ValueError, "remember: needs evaluate"), (dict(batch_size=0), ValueError, "batch_size: 0"),
     (dict(method="sgd"), ValueError, "method: 'sgd'; allowed: 'lowrank_es'"), (dict(sigmaa=1.0), TypeError, "sigmaa: no setting of 'lowrank_es'; allowed: .*sigma"),
     (dict(noise=torch.nn), TypeError, "what JSON can hold"), (dict(fitness="group"), ValueError, "fitness: 'group'"), (dict(population=7), ValueError, "population: 7"), (dict(lr=-1.0), ValueError, "lr: -1.0"),
     (dict(data=dict(a=IDS, b=IDS[:3])), ValueError, "columns of one length"), (dict(data=IDS[:0]), ValueError, "data: no rows"), (dict(data=3), TypeError, "data: int"), (dict(data={}), ValueError, "data"),
@@ -438,13 +454,22 @@ def test_loss_falls():
         assert values[1] < values[0] - 0.02, (method, values)
 
 
-def test_shards_are_refused():
+class FlatParameter(torch.nn.Parameter):
+    "The name of what the first FSDP keeps its shards in."
+
+
+@pytest.mark.parametrize("method", [*SMALL])
+@pytest.mark.parametrize("flat", [False, True], ids=["DTensor", "FlatParameter"])
+def test_shards_are_refused(flat, method):
     model = tiny()
-    with torch.no_grad():
+    if flat:
+        model.model.norm.weight = FlatParameter(model.model.norm.weight.detach())
+    else:
         model.model.norm.weight.device_mesh = "mesh"  # what a DTensor has
-    with pytest.raises(TypeError, match="'model.norm.weight' is a shard"):
-        tune(model)
-    assert isinstance(model, Llama)
+    before = weights_hash(model)
+    with pytest.raises(TypeError, match="'model.norm.weight' is a shard .*allowed: the whole model in every process"):
+        tune(model, method=method)
+    assert weights_hash(model) == before
 
 
 def test_one_writer_at_a_time(tmp_path):

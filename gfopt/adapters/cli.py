@@ -89,6 +89,7 @@ def _settings(pairs):  # ["lr=0.01", "noise=normal"] -> dict
 def _finetune(args):
     from pathlib import Path
 
+    from gfopt.lm.anchor import finetune_report, gained
     from gfopt.lm.finetune import finetune
 
     out, workers = Path(args.out), None
@@ -96,25 +97,27 @@ def _finetune(args):
         from gfopt.lm.workers import Workers
 
         workers = Workers()
-    for flag, file in (("--data", args.data), ("--evaluate", args.evaluate)):
+    for flag, file in (("--data", args.data), ("--evaluate", args.evaluate), ("--remember", args.remember)):
         if file is not None and not Path(file).is_file():
             raise FileNotFoundError(f"{flag} {file}: no such file")
     if out.is_file():
         raise ValueError(f"--out {out}: a file; allowed: a folder")
     sys.path.insert(0, os.getcwd())  # for module:function
     settings = _settings(args.set)
-    if wrong := settings.keys() & {"model", "data", "objective", "journal", "callback", "workers", "tokenizer", "evaluate", "method", "steps", "seed", "schedule"}:
+    if wrong := settings.keys() & {"model", "data", "objective", "journal", "callback", "workers", "tokenizer", "evaluate", "remember", "method", "steps", "seed", "schedule"}:
         raise ValueError(f"--set {', '.join(wrong)}: allowed: batch_size, length and the settings of the method")
     model, tokenizer = _model(args.model)
-    tuned = finetune(model, args.data, args.objective, args.method, args.steps, journal=out / "finetune.jsonl", evaluate=args.evaluate, every=args.every,
+    tuned = finetune(model, args.data, args.objective, args.method, args.steps, journal=out / "finetune.jsonl", evaluate=args.evaluate, remember=args.remember, every=args.every,
                      patience=args.patience, seed=args.seed, tokenizer=tokenizer, progress=not args.quiet, workers=workers, **settings)
     if args.best:
         tuned.load_best()
     if workers is None or workers.rank == 0:
         tuned.save(out, tokenizer)
+        finetune_report(tuned, out / "report.html")
     losses = [e["loss"] for e in tuned.history if "loss" in e]
     short = dict(steps=tuned.steps, stopped=tuned.stopped, loss=losses[-1] if losses else None, best_step=tuned.best_step, best_value=tuned.best_value, out=str(out))
-    print(f"{tuned.steps} steps ({tuned.stopped}), model and journal in {out}")
+    short |= {k: v for k, v in (gained(tuned) or [{}])[-1].items() if k != "step"}
+    print(f"{tuned.steps} steps ({tuned.stopped}), model, journal and report.html in {out}")
     if tuned.stopped == "interrupted":
         print("the same command goes on from there")
     return (130 if tuned.stopped == "interrupted" else 0), short
@@ -132,11 +135,12 @@ def _finetune_arguments(commands):
     p.add_argument("--steps", type=int, default=1000, help="in all, those of an earlier run included (default 1000)")
     p.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="settings of the method, and batch_size and length")
     p.add_argument("--evaluate", metavar="FILE", help="rows like those of --data, to look at every so often")
+    p.add_argument("--remember", metavar="FILE", help="text that should not get worse, looked at with --evaluate: report.html shows the gain against it")
     p.add_argument("--every", type=int, default=100, help="steps between two looks (default 100)")
     p.add_argument("--patience", type=int, help="looks without a better one after which to stop")
     p.add_argument("--best", action="store_true", help="save the weights of the best look instead of the last")
     p.add_argument("--seed", type=int, default=0, help="decides everything (default 0)")
-    p.add_argument("--out", required=True, metavar="DIR", help="where model and journal go")
+    p.add_argument("--out", required=True, metavar="DIR", help="where model, journal and report.html go")
     p.add_argument("--quiet", action="store_true", help="no progress bar")
     p.set_defaults(run=_finetune)
     return p

@@ -60,12 +60,20 @@ def row_objective(
     return loss.view(labels.shape).sum(1) / (labels != -100).sum(1).clamp(min=1)
 
 # %% ../../nbs/7_adapters/04_huggingface.ipynb #26065f65
+def _refuse(a):
+    for name, bad in (("fp16", a.fp16), ("gradient_checkpointing", a.gradient_checkpointing), ("deepspeed", a.deepspeed), ("fsdp", a.fsdp),
+                      ("max_grad_norm", a.max_grad_norm not in (0, 1.0)), ("world_size", a.world_size > 1), ("n_gpu", a.n_gpu > 1)):
+        if bad: raise ValueError(f"{name}: {getattr(a, name)!r}; GFTrainer has no gradients and runs on one device; allowed: the default, or 1 device")
+
+
 class GFTrainer(Trainer):
     "`transformers.Trainer` without backward, Eq. (7.4.1)."
 
     def __init__(
         self,
-        *args,  # of Trainer
+        model=None,
+        args=None,  # TrainingArguments
+        *more,  # of Trainer
         method: str = "mezo",  # "mezo": two forwards of `compute_loss`; "lowrank_es": a population on `objective`
         settings: dict | None = None,  # of ZerothOrder or LowRankES, such as eps, or population and sigma
         objective=row_objective,  # (model, batch) -> (rows,) losses, for "lowrank_es"
@@ -74,12 +82,10 @@ class GFTrainer(Trainer):
         if method not in METHODS: raise ValueError(f"method: {method!r}; allowed: {', '.join(map(repr, METHODS))}")
         if any((kwargs.get("optimizers") or (None,))[:1]): raise ValueError("optimizers: GFTrainer makes its own; allowed: (None, scheduler)")
         self.method, self.settings, self.objective, self.forward_only = method, dict(settings or {}), objective, None
-        super().__init__(*args, **kwargs)
-        a = self.args
-        for name, bad in (("fp16", a.fp16), ("gradient_checkpointing", a.gradient_checkpointing), ("deepspeed", a.deepspeed), ("fsdp", a.fsdp),
-                          ("max_grad_norm", a.max_grad_norm not in (0, 1.0)), ("world_size", a.world_size > 1), ("n_gpu", a.n_gpu > 1)):
-            if bad: raise ValueError(f"{name}: {getattr(a, name)!r}; GFTrainer has no gradients and runs on one device; allowed: the default, or 1 device")
-        a.max_grad_norm = 0.0  # there is nothing to clip, nor a norm to log
+        if args is not None: _refuse(args)  # before Trainer makes a scaler or shards for it
+        super().__init__(model, args, *more, **kwargs)
+        _refuse(self.args)
+        self.args.max_grad_norm = 0.0  # there is nothing to clip, nor a norm to log
 
     def create_optimizer(self, model=None):
         "ZerothOrder or LowRankES on the parameters that require a gradient."

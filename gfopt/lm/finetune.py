@@ -7,9 +7,8 @@ __all__ = ['OBJECTIVES', 'rows_of_step', 'Batches', 'batches', 'collate', 'read_
            'FineTune', 'save_weights', 'finetune', 'to_device']
 
 # %% ../../nbs/4_lm/15_finetune.ipynb #b635c78e
-import hashlib, importlib, json, math, signal, threading
+import hashlib, importlib, json, math
 from collections.abc import Callable, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SequentialSampler
 from tqdm import tqdm
+from ..journal import undisturbed
 from .evolution import LowRankES
 from .model import Llama, row_losses, save_model
 from .noise import NOISE_VERSION, tensor_id, words
@@ -215,20 +215,11 @@ def _losses(fn, model, batch, one):  # `one`: ZerothOrder wants one number unles
     except (TypeError, ValueError, RuntimeError): raise TypeError(f"objective: it returned {type(y).__name__}; allowed: a tensor of losses, one for each row") from None
     return y.double().mean() if one else y
 
-@contextmanager
-def _whole_step():  # Ctrl-C waits for the end of an update: half a step is no step
-    if threading.current_thread() is not threading.main_thread(): yield; return
-    asked, before = [], signal.getsignal(signal.SIGINT)
-    signal.signal(signal.SIGINT, lambda *a: asked.append(a))
-    try: yield
-    finally: signal.signal(signal.SIGINT, before)
-    if asked: raise KeyboardInterrupt
-
 # %% ../../nbs/4_lm/15_finetune.ipynb #ab71281b
 class _Run:
     "The state of a fine-tune between two steps."
-    def __init__(self, model, opt, feed, fn, judge, log, workers):
-        self.model, self.opt, self.feed, self.fn, self.judge, self.log, self.workers = model, opt, feed, fn, judge, log, workers
+    def __init__(self, model, opt, feed, fn, judge, remember, log, workers):
+        self.model, self.opt, self.feed, self.fn, self.judge, self.remember, self.log, self.workers = model, opt, feed, fn, judge, remember, log, workers
         self.names, self.step, self.best_step, self.best, self.values = set(trained(opt)), 0, None, {}, {}
 
     def advance(self, factor):
@@ -236,7 +227,7 @@ class _Run:
         loss, y = measure(self.opt, lambda: _losses(self.fn, self.model, self.opt.expand(batch), one), self.workers)
         self.refuse(y)
         event = dict(step=self.step, loss=float(f"{loss:.6g}") if math.isfinite(loss) else None, y=encode(y)) | ({} if factor == 1 else dict(lr=factor))
-        with _whole_step():
+        with undisturbed():  # half a step is no step
             self.log.write(**event)
             apply(self.opt, y, factor)
             self.step += 1
@@ -249,12 +240,16 @@ class _Run:
             raise RuntimeError(f"step {self.step}: none of the {len(y)} losses is finite{f', as in the {row} steps before' if last else ''}; the steps before are kept. "
                                "Look at objective(model, batch), or try a smaller lr, sigma or eps")
 
-    def look(self):  # an evaluation, here or in the first of the workers
-        with torch.no_grad(), evaluating(self.model): value = float(self.judge(self.model)) if self.workers is None or self.workers.rank == 0 else 0.0
-        if self.workers is not None: value = self.workers.same(value)
-        self.log.write(eval=self.step, value=value if math.isfinite(value) else None)
+    def look(self):  # an evaluation
+        value = self.asked(self.judge)
+        kept = {} if self.remember is None else dict(kept=_finite(self.asked(self.remember)))
+        self.log.write(eval=self.step, value=_finite(value), **kept)
         self.keep(value)
         return value
+
+    def asked(self, judge):  # here, or in the first of the workers
+        with torch.no_grad(), evaluating(self.model): value = float(judge(self.model)) if self.workers is None or self.workers.rank == 0 else 0.0
+        return value if self.workers is None else self.workers.same(value)
 
     def keep(self, value):  # the best weights so far
         self.values[self.step] = value = math.inf if value is None or not math.isfinite(value) else value
@@ -294,8 +289,10 @@ class _Run:
     def result(self, stopped):
         if not any(e.get("end") == self.step for e in self.log.events[-1:]): self.log.write(end=self.step, weights=weights_hash(self.model))
         if self.workers is not None: self.workers.agree("the weights at the end", self.log.events[-1]["weights"])
-        history = [{k: e[k] for k in ("step", "loss", "eval", "value") if k in e} for e in self.log.events if "end" not in e]
+        history = [{k: e[k] for k in ("step", "loss", "eval", "value", "kept") if k in e} for e in self.log.events if "end" not in e]
         return FineTune(self.model, self.step, history, self.best_step, self.values.get(self.best_step), stopped, self.log, self.best)
+
+def _finite(value): return value if math.isfinite(value) else None
 
 # %% ../../nbs/4_lm/15_finetune.ipynb #63b10923
 @dataclass
@@ -303,7 +300,7 @@ class FineTune:
     "What `finetune` returns."
     model: nn.Module = field(repr=False)  # with the weights after the last step
     steps: int  # taken in all
-    history: list = field(repr=False)  # dict(step, loss) for each step, dict(eval, value) for each evaluation
+    history: list = field(repr=False)  # dict(step, loss) for each step, dict(eval, value) for each evaluation; with `remember` also `kept`
     best_step: int | None = None  # steps taken at the lowest evaluation
     best_value: float | None = None
     stopped: str = "steps"  # or "patience", "callback", "interrupted"
@@ -358,6 +355,7 @@ def finetune(
     seed: int = 0,  # of noise and order
     schedule: Callable | None = None,  # share of the steps done -> factor on lr, such as `pretrain.schedule`
     evaluate=None,  # model -> loss; or data, on which the mean objective is taken
+    remember=None,  # model -> loss; or text, on which `next_token` is taken: what should not get worse, looked at with every evaluation
     every: int = 100,  # steps between evaluations
     patience: int | None = None,  # evaluations without a better one after which to stop
     tokenizer=None, length: int = 128,  # for a JSONL file
@@ -367,15 +365,16 @@ def finetune(
     "Fine-tunes a model with forward passes and writes down every step, Eq. (4.16.1); killed at any moment, it goes on where it was."
     for name, v, low in (("steps", steps, 0), ("every", every, 1), ("patience", 1 if patience is None else patience, 1)): _whole(name, v, low)
     if patience is not None and evaluate is None: raise ValueError("patience: needs evaluate=, the data or function to be patient about")
+    if remember is not None and evaluate is None: raise ValueError("remember: needs evaluate=, the gain that is set against what is lost")
     _refuse_shards(model)
     fn, feed = find_objective(objective), batches(data, batch_size, seed, tokenizer, length)
-    judge = _judge(fn, evaluate, feed.size, tokenizer, length)
+    judge, kept = _judge("evaluate", fn, evaluate, feed.size, tokenizer, length), _judge("remember", next_token, remember, feed.size, tokenizer, length)
     settings = resolve(method, settings) if workers is None else workers.settle(resolve(method, settings))
     opt = make_optimizer(model, method, seed, **settings)
     header = dict(kind="finetune", noise=NOISE_VERSION, base=weights_hash(model), method=check_method(method), settings=settings, seed=seed, trained=trained(opt),
                   data=feed.fingerprint, batch_size=feed.size, objective=_name(fn), schedule=None if schedule is None else f"{_name(schedule)}, {steps} steps")
     log = Log(journal, header, made(model)) if workers is None else workers.log(journal, header, made(model))
-    run = _Run(model, opt, feed, fn, judge, log, workers)
+    run = _Run(model, opt, feed, fn, judge, kept, log, workers)
     try:
         with tqdm(total=steps, disable=not progress, desc=f"finetune {header['method']}", unit="step") as bar: stopped = run.go(steps, schedule, every, patience, callback, bar)
         return run.result(stopped)
@@ -387,10 +386,10 @@ def _refuse_shards(model):
         if hasattr(p, "device_mesh") or type(p).__name__ == "FlatParameter":
             raise TypeError(f"model: parameter {n!r} is a shard ({type(p).__name__}, of FSDP or tensor parallelism); allowed: the whole model in every process, as they exchange only losses")
 
-def _judge(fn, evaluate, size, tokenizer, length):
-    if evaluate is None or callable(evaluate) and not hasattr(evaluate, "__getitem__"): return evaluate
-    held = batches(evaluate, size, 0, tokenizer, length)
-    if held.rows is None: raise TypeError("evaluate: a function; allowed: model -> loss, or data with rows")
+def _judge(name, fn, data, size, tokenizer, length):
+    if data is None or callable(data) and not hasattr(data, "__getitem__"): return data
+    held = batches(data, size, 0, tokenizer, length)
+    if held.rows is None: raise TypeError(f"{name}: a function; allowed: model -> loss, or data with rows")
     def mean(model):
         parts = [fn(model, to_device(held.take(np.arange(i, min(i + held.size, held.rows))), model)).double().sum() for i in range(0, held.rows, held.size)]
         return float(sum(parts)) / held.rows

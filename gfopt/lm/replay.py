@@ -88,8 +88,7 @@ class Log:
         self.header["made"] = old["made"] if old else made
         self._file = Journal(path, self.header)
         with self._file.turn():  # one lease for the whole run: two writers would tear the chain of sums
-            if self._file.held(0): raise RuntimeError(f"{path}: another process fine-tunes with this journal; allowed: one at a time")
-            self._file.lease([0])
+            self._file.claim("fine-tunes")
         self.events = self._file.events
 
     @classmethod

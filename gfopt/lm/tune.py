@@ -88,9 +88,7 @@ class _Charged(Study):
     def _hold(self):
         "What runs is on a rung or a leg left undone: no question for `ask`. One process climbs at a time."
         with self.turn():
-            if self.journal and self.journal.held(0):
-                raise RuntimeError(f"{self.journal.path}: another process climbs with this journal; allowed: one at a time with a scheduler")
-            if self.journal: self.journal.lease([0])
+            if self.journal: self.journal.claim("climbs")
             self._held |= set(self._running)
 
     def watch(self, objective, params):
