@@ -279,6 +279,7 @@ def test_dynamic_programming_solves_the_whole_menu_exactly():
     space = GenomeSpace(Llama(LlamaConfig(32, 32, 1, 2, 2, 32)).requires_grad_(False), TECHNIQUES, bits=(8,))
     rng = random.Random(0)
     scores = {(i, v): d for i, g in enumerate(space.genes) for v, d in zip(g.levels, sorted((rng.random() for _ in g.levels), reverse=True))}
+    for i, v in scores: scores[i, v] += 3.0 * (v == "drop")  # dear enough that matrices share what there is
     total = lambda g: sum(scores[i, v] for i, v in enumerate(g) if space.audible(g, i))
     blocks = [[i for i in m] for m in space.groups.values()]
     parts = []  # the Pareto set of each group, by brute force
@@ -296,6 +297,7 @@ def test_dynamic_programming_solves_the_whole_menu_exactly():
         best = min(sum(v for _, v in c) for c in itertools.product(*(p.items() for p in parts)) if space.library.fixed + sum(b for b, _ in c) <= budget)
         got = dynamic_programming(space, scores, budget, cells=10 ** 6)
         assert space.bytes(got) <= budget and total(got) <= best + 1e-9
+        if share == 0.5: assert len({v for g, v in zip(space.genes, got) if len(g.parts) == 1}) > 1
 
 
 class Table:
@@ -512,6 +514,9 @@ def test_latency_of_the_reloaded_model_is_measured_in_turns_for_hugging_face_too
 
 def test_a_bias_survives_the_integer_kernel():
     layer = torch.nn.Linear(512, 512).requires_grad_(False)
+    for bits in (4, 8, 16):
+        small, x = store(layer, bits), randn(3, 512)  # many rows: no kernel
+        assert torch.equal(small(x), F.linear(x, small.weight, layer.bias)) and (small(x) - F.linear(x, small.weight)).abs().max() > 0.01
     for bits in (4, 8):
         small = store(layer, bits).prepare(kernel=True)
         x = randn(1, 512)
