@@ -93,7 +93,7 @@ def compress(
     space = GenomeSpace(model, tuple(techniques), tuple(bits), per, moments(model, divergence.ids))
     dense = dense_bytes(model)
     budgets = [space.check(_as_bytes(b, dense)) for b in ([budget] if targets is None else targets)]
-    from tqdm.auto import tqdm
+    from tqdm import tqdm
     with tqdm(total=evaluations, desc="compress", unit="pass", disable=not progress, leave=False) as bar:
         evaluate = Evaluator(space, divergence, bar.update)
         for b in budgets[:evaluations]: evaluate(space.uniform(b), "uniform")
