@@ -201,13 +201,16 @@ def cost(preset: str) -> dict:
 
 
 def healing(preset: str, seed: int = 0) -> dict:  # bits per byte on test text
-    "What tuning the norms brings back of what compression lost."
+    "What refitting and tuning the norms bring back of what compression lost."
     s = setting(preset)
     front = compress(s.model, s.calibration(seed), budget=0.07, evaluations=s.p["evaluations"], seed=seed, validation=s.validation, progress=False)
     small = front.pick(bytes=front.budgets[0])
-    lost = bits_per_byte(small.model, s.test, s.tokenizer)
-    heal(small, s.model, s.tokens, steps=s.p["heal"], seed=seed, progress=False)
-    return dict(dense=bits_per_byte(s.model, s.test, s.tokenizer), compressed=lost, healed=bits_per_byte(small.model, s.test, s.tokenizer), steps=s.p["heal"], bytes=small.point.bytes)
+    told = dict(dense=s.model, compressed=small.model)
+    told = {k: bits_per_byte(m, s.test, s.tokenizer) for k, m in told.items()}
+    for name, steps in (("refitted", 0), ("healed", s.p["heal"])):
+        heal(small, s.model, s.tokens, steps=steps, seed=seed, progress=False)
+        told[name] = bits_per_byte(small.model, s.test, s.tokenizer)
+    return told | dict(steps=s.p["heal"], bytes=small.point.bytes)
 
 # %% ../../nbs/6_experiments/19_compress_bench.ipynb #2bca95f2
 def jobs(preset: str) -> dict:  # name -> (function, arguments)
