@@ -527,6 +527,17 @@ def test_refitting_lowers_the_divergence_on_other_text_and_keeps_every_byte(spac
     assert reconstruct(small.model, models[kind], ids) == 0  # without the names of what is gone nothing is guessed
 
 
+def test_streams_are_compared_where_the_next_sub_block_that_is_left_begins(monkeypatch, spaces, models):
+    from gfopt.compress import heal as module
+    space, asked, real = spaces["gfopt"], [], module._inputs
+    small = chosen(space, ("drop" if x.path in ("model.layers.1.self_attn", "model.layers.1.mlp") else x.levels[-1] for x in space.genes))
+    monkeypatch.setattr(module, "_inputs", lambda model, ids, paths: asked.append(paths) or real(model, ids, paths))
+    assert reconstruct(small.model, models["gfopt"], TEXT[:512].view(16, 32), set(small.dropped)) >= 1
+    layer = lambda i, norm: f"model.layers.{i}.{norm}_layernorm"
+    assert asked[0] == [layer(0, "post_attention"), layer(2, "input"), layer(2, "post_attention"), "model.norm"]  # of the dense model
+    assert [paths[1] for paths in asked[1:]] == [layer(0, "post_attention"), layer(1, "input"), layer(1, "post_attention"), "model.norm"]
+
+
 def test_a_refit_that_does_harm_is_taken_back(monkeypatch, spaces, models):
     from gfopt.compress import heal as module
     small = chosen(spaces["gfopt"], everything(spaces["gfopt"]))
