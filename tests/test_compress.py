@@ -188,6 +188,8 @@ def test_silent_genes_are_one_genome(space, coarse):
     a, b = ("drop",) + top[1:], ("drop", 4) + top[2:]
     assert space.canonical(a) == space.canonical(b) != space.canonical(top)
     assert dropped(space.genes, a) == {"model.layers.0.self_attn"}
+    silent = space.canonical(a)
+    assert space.step(silent, 1, 1) == silent and [space.audible(silent, i) for i in (0, 1)] == [True, False] and space.audible(top, 1)
     assert coarse.canonical(("drop", 4, 8, 16, 8)) == ("drop", 4, 8, 16, 8)
 
 

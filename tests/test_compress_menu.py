@@ -25,6 +25,7 @@ from gfopt.compress.export import Compressed, load_compressed, settle
 from gfopt.compress.feedback import damped, layer_error, moments, round_with_feedback
 from gfopt.compress.front import affordable_share, compress, dense_bytes
 from gfopt.compress.genome import TECHNIQUES, GenomeSpace, make_genes
+from gfopt.compress.heal import correction, heal, reconstruct
 from gfopt.compress.measure import (
     count_parameters,
     decoder,
@@ -279,6 +280,7 @@ def test_dynamic_programming_solves_the_whole_menu_exactly():
     space = GenomeSpace(Llama(LlamaConfig(32, 32, 1, 2, 2, 32)).requires_grad_(False), TECHNIQUES, bits=(8,))
     rng = random.Random(0)
     scores = {(i, v): d for i, g in enumerate(space.genes) for v, d in zip(g.levels, sorted((rng.random() for _ in g.levels), reverse=True))}
+    for i, v in scores: scores[i, v] += 3.0 * (v == "drop")  # dear enough that matrices share what there is
     total = lambda g: sum(scores[i, v] for i, v in enumerate(g) if space.audible(g, i))
     blocks = [[i for i in m] for m in space.groups.values()]
     parts = []  # the Pareto set of each group, by brute force
@@ -296,6 +298,7 @@ def test_dynamic_programming_solves_the_whole_menu_exactly():
         best = min(sum(v for _, v in c) for c in itertools.product(*(p.items() for p in parts)) if space.library.fixed + sum(b for b, _ in c) <= budget)
         got = dynamic_programming(space, scores, budget, cells=10 ** 6)
         assert space.bytes(got) <= budget and total(got) <= best + 1e-9
+        if share == 0.5: assert len({v for g, v in zip(space.genes, got) if len(g.parts) == 1}) > 1
 
 
 class Table:
@@ -504,6 +507,58 @@ def test_files_of_the_first_format_still_open(models, tmp_path):
     assert torch.equal(load_compressed(tmp_path)(IDS), small.model(IDS))
 
 
+# healing ---------------------------------------------------------------------------------------------------------
+TEXT = torch.randint(VOCAB, (4000,), generator=torch.Generator().manual_seed(8))
+
+
+@pytest.mark.parametrize("kind", ["gfopt", "llama-bias", "qwen3"])
+def test_refitting_lowers_the_divergence_on_other_text_and_keeps_every_byte(spaces, models, kind, tmp_path):
+    space = spaces[kind]
+    small = chosen(space, everything(space))
+    ids, before = TEXT[:2048].view(64, 32), {k: v.clone() for k, v in small.model.state_dict().items()}
+    fresh = Divergence(models[kind], TEXT[-1024:].view(32, 32))
+    hurt = fresh(small.model)
+    assert reconstruct(small.model, models[kind], ids, set(small.dropped)) >= 2 and fresh(small.model) < 0.97 * hurt
+    after = small.model.state_dict()
+    assert {k: (v.shape, v.dtype) for k, v in after.items()} == {k: (v.shape, v.dtype) for k, v in before.items()}
+    assert {k.rsplit("_proj", 1)[0].rsplit(".", 1)[1] for k in after if not torch.equal(after[k], before[k])} <= {"o", "down"}
+    small.save(tmp_path)
+    assert torch.equal(logits_of(load_compressed(tmp_path), IDS), logits_of(small.model, IDS))
+    assert reconstruct(small.model, models[kind], ids) == 0  # without the names of what is gone nothing is guessed
+
+
+def test_streams_are_compared_where_the_next_sub_block_that_is_left_begins(monkeypatch, spaces, models):
+    from gfopt.compress import heal as module
+    space, asked, real = spaces["gfopt"], [], module._inputs
+    small = chosen(space, ("drop" if x.path in ("model.layers.1.self_attn", "model.layers.1.mlp") else x.levels[-1] for x in space.genes))
+    monkeypatch.setattr(module, "_inputs", lambda model, ids, paths: asked.append(paths) or real(model, ids, paths))
+    assert reconstruct(small.model, models["gfopt"], TEXT[:512].view(16, 32), set(small.dropped)) >= 1
+    layer = lambda i, norm: f"model.layers.{i}.{norm}_layernorm"
+    assert asked[0] == [layer(0, "post_attention"), layer(2, "input"), layer(2, "post_attention"), "model.norm"]  # of the dense model
+    assert [paths[1] for paths in asked[1:]] == [layer(0, "post_attention"), layer(1, "input"), layer(1, "post_attention"), "model.norm"]
+
+
+def test_a_refit_that_does_harm_is_taken_back(monkeypatch, spaces, models):
+    from gfopt.compress import heal as module
+    small = chosen(spaces["gfopt"], everything(spaces["gfopt"]))
+    before = logits_of(small.model, IDS)
+    monkeypatch.setattr(module, "correction", lambda missing, inputs: torch.full((missing.shape[1], inputs.shape[1]), 9.0))
+    assert reconstruct(small.model, models["gfopt"], TEXT[:512].view(16, 32), set(small.dropped)) == 0
+    assert torch.equal(logits_of(small.model, IDS), before)
+
+
+def test_the_correction_is_the_ridge_regression_and_nothing_missing_moves_nothing():
+    h, w = randn(500, 10), randn(10, 6, seed=1)
+    assert torch.allclose(correction(h @ w, h), w.T, atol=0.05) and not correction(torch.zeros(500, 6), h).any()
+
+
+def test_healing_without_steps_is_the_refit_alone(spaces, models):
+    one, two = (chosen(spaces["gfopt"], everything(spaces["gfopt"])) for _ in "ab")
+    heal(one, models["gfopt"], TEXT, steps=0, length=32, progress=False)
+    reconstruct(two.model, models["gfopt"], TEXT[:3999].unfold(0, 32, 32)[torch.arange(124)], set(two.dropped))
+    assert torch.equal(logits_of(one.model, IDS), logits_of(two.model, IDS))
+
+
 def test_latency_of_the_reloaded_model_is_measured_in_turns_for_hugging_face_too(spaces, tmp_path):
     chosen(spaces["qwen2"], everything(spaces["qwen2"])).save(tmp_path)
     got = measure_latency(dict(a=load_compressed(tmp_path), b=make("qwen2")), IDS[:1, :8], new_tokens=3, repeats=2)
@@ -512,9 +567,50 @@ def test_latency_of_the_reloaded_model_is_measured_in_turns_for_hugging_face_too
 
 def test_a_bias_survives_the_integer_kernel():
     layer = torch.nn.Linear(512, 512).requires_grad_(False)
+    for bits in (4, 8, 16):
+        small, x = store(layer, bits), randn(3, 512)  # many rows: no kernel
+        assert torch.equal(small(x), F.linear(x, small.weight, layer.bias)) and (small(x) - F.linear(x, small.weight)).abs().max() > 0.01
     for bits in (4, 8):
         small = store(layer, bits).prepare(kernel=True)
         x = randn(1, 512)
         exact = F.linear(x, small.weight, layer.bias)
         assert (small(x) - exact).abs().max() <= 0.02 * exact.abs().max() and torch.equal(small.bias, layer.bias)
     assert group4(512) == 32 and settle(make("gfopt")).config.n_layers == 3 and len(sub_blocks(make("llama"))) == 6
+
+
+# the command line -------------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def folder(models, tmp_path_factory):
+    "A Llama as people have them: bfloat16 weights, a byte tokenizer, a text."
+    from tokenizers import Tokenizer, decoders, pre_tokenizers
+    from tokenizers import models as kinds
+    at = tmp_path_factory.mktemp("hf")
+    tokenizer = Tokenizer(kinds.BPE(vocab={c: i for i, c in enumerate(sorted("abcdefghijklmnopqrstuvwxyz0123456789.,:;()[]\u0120\u010a"))}, merges=[]))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(at / "dense")
+    make("llama").to(torch.bfloat16).save_pretrained(at / "dense")
+    (at / "text").write_text("the quick brown fox (of 1 farm) jumps over the lazy dog.\n" * 40)
+    return at
+
+
+def test_gfopt_compress_on_a_hugging_face_folder_in_bfloat16(folder, capsys):
+    from gfopt.adapters.cli import main
+    weights = (folder / "dense/model.safetensors").stat().st_size
+    assert main(["compress", str(folder / "dense"), "--text", str(folder / "text"), "--size", "0.6", "--out", str(folder / "small"), "--evaluations", "6", "--quiet", "--json"]) == 0
+    table = json.loads(capsys.readouterr().out.splitlines()[-1])["table"]
+    assert (folder / "small/model.safetensors").stat().st_size < 0.6 * weights + 8192  # a share of what was there, not of float32
+    assert table["after"]["file_bytes"] < table["before"]["file_bytes"] and table["after"]["bits_per_byte"] > 0
+    assert (folder / "small/tokenizer.json").read_bytes() == (folder / "dense/tokenizer.json").read_bytes()
+    assert logits_of(load_compressed(folder / "small"), IDS).isfinite().all()
+
+
+def test_what_cannot_work_is_refused_before_the_search(folder, monkeypatch, tmp_path):
+    from gfopt.compress import front
+    monkeypatch.setattr(front, "compress", lambda *a, **k: pytest.fail("searched"))
+    (tmp_path / "short").write_text("abc"); (tmp_path / "file").write_text("")
+    (tmp_path / "bare").mkdir(); (tmp_path / "bare/config.json").write_text("{}")
+    good = dict(path=str(folder / "dense"), text=str(folder / "text"), size=0.5, out=str(tmp_path / "o"))
+    for change, error, text in ((dict(path=str(tmp_path / "none")), ValueError, "config.json"), (dict(path=str(tmp_path / "bare")), ValueError, "tokenizer"),
+                                (dict(text=str(tmp_path / "short")), ValueError, "text must have more than 64 tokens"), (dict(size=25), ValueError, "size"),
+                                (dict(out=str(tmp_path / "file")), FileExistsError, "file")):
+        with pytest.raises(error, match=text): front.compress_folder(**good | change)

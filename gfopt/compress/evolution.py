@@ -24,14 +24,14 @@ class Damages:
         self.space, self.keys = space, {k: n for n, k in enumerate(scores)}
         top = max(max((v for v in scores.values() if math.isfinite(v)), default=0.0), 1e-12)
         self.s = np.array([min(max(v, 1e-4 * top), 1e3 * top) for v in scores.values()])
-        self.m, self.alpha, self.rows = 0.0, np.zeros(0), np.zeros((0, len(self.s)))
+        self.m, self.alpha, self.rows, self._columns = 0.0, np.zeros(0), np.zeros((0, len(self.s))), {}
 
     def features(self, genomes: list) -> np.ndarray:  # (n, levels): the damage of each level that a genome has
         "What the sum S of a genome consists of."
         F = np.zeros((len(genomes), len(self.s)))
         for row, g in zip(F, genomes):
-            for i, level in enumerate(g):
-                if self.space.audible(g, i): row[self.keys[i, level]] = self.s[self.keys[i, level]]
+            if g not in self._columns: self._columns[g] = [self.keys[i, v] for i, v in enumerate(g) if self.space.audible(g, i)]
+            row[self._columns[g]] = self.s[self._columns[g]]
         return F
 
     def covariance(self, F: np.ndarray, H: np.ndarray) -> np.ndarray:

@@ -43,7 +43,7 @@ def layer_error(
     moment: Tensor,  # $C$ (in, in)
 ) -> float:
     "The mean squared change of the layer's output, Eq. (5.6.2)."
-    d = (weight.detach() - approximation).double()
+    d = (weight - approximation).detach().double()
     return float(((d @ moment.double()) * d).sum())
 
 # %% ../../nbs/5_compress/06_feedback.ipynb #e300e988

@@ -93,7 +93,7 @@ def compress(
     space = GenomeSpace(model, tuple(techniques), tuple(bits), per, moments(model, divergence.ids))
     dense = dense_bytes(model)
     budgets = [space.check(_as_bytes(b, dense)) for b in ([budget] if targets is None else targets)]
-    from tqdm.auto import tqdm
+    from tqdm import tqdm
     with tqdm(total=evaluations, desc="compress", unit="pass", disable=not progress, leave=False) as bar:
         evaluate = Evaluator(space, divergence, bar.update)
         for b in budgets[:evaluations]: evaluate(space.uniform(b), "uniform")
@@ -152,7 +152,7 @@ def _as_bytes(budget, dense: int) -> int:
 def compress_folder(
     path: str,  # a dense model, with its tokenizer beside it
     text: str,  # a file
-    size: float,  # share of the dense bytes
+    size: float,  # share of the bytes that its weights take on disk, in whatever format they are
     out: str,  # a folder for the result
     evaluations: int = 256,
     seed: int = 0,
@@ -160,14 +160,24 @@ def compress_folder(
     progress: bool = True,
 ) -> dict:  # "before" and "after": file_bytes, parameters, bits_per_byte, prefill_ms, decode_ms, threads
     "Compresses a model on disk and measures the files."
+    if not 0 < size < 1: raise ValueError(f"size must lie between 0 and 1, a share of what is there, got {size!r}")
+    weights = _weight_bytes(Path(path))
     tokenizer, data = _tokenizer(Path(path)), Path(text).read_bytes()
     cut = [0, len(data) * 6 // 10, len(data) * 8 // 10, len(data)]
-    parts = [windows(torch.tensor(tokenizer.encode(data[a:b])), length, limit=16) for a, b in zip(cut, cut[1:])]
-    model = open_model(path)
-    front = compress(model, parts[0], budget=size, evaluations=evaluations, seed=seed, validation=parts[1], progress=progress)
+    tokens = [torch.tensor(tokenizer.encode(data[a:b])) for a, b in zip(cut, cut[1:])]
+    if (n := min(map(len, tokens))) <= length: raise ValueError(f"text must have more than {length} tokens in each fifth, got {n} in {text!r}")
+    Path(out).mkdir(parents=True, exist_ok=True)  # no search before it is known where the result goes
+    parts = [windows(t, length, limit=16) for t in tokens]
+    front = compress(open_model(path), parts[0], budget=int(size * weights), evaluations=evaluations, seed=seed, validation=parts[1], progress=progress)
     front.pick(bytes=front.budgets[0]).save(out)
     for f in Path(path).glob("*token*"): (Path(out) / f.name).write_bytes(f.read_bytes())
     return measure_fresh(dict(before=path, after=out), parts[2], tokenizer, prompt_length=length)
+
+
+def _weight_bytes(folder: Path) -> int:
+    if not (folder / "config.json").exists(): raise ValueError(f"path must be the folder of a model, with its config.json, got {str(folder)!r}")
+    if not any(folder.glob("*token*")): raise ValueError(f"path must hold the tokenizer beside the model, got {str(folder)!r} without one")
+    return sum(f.stat().st_size for f in list(folder.glob("*.safetensors")) or folder.glob("*.bin"))
 
 
 def _tokenizer(folder: Path):  # .encode(bytes) -> ids, .token_bytes (V,)

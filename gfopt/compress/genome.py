@@ -95,6 +95,7 @@ class Library:
         get = self.model.get_submodule
         self.parts = {p: (g.block, get(p)) for g in genes for p in g.parts}
         self._blocks = {p: get(p) for s in sub_blocks(model) for p in (s, norm_of(s))}
+        self._homes = {p: (get(p.rpartition(".")[0]), p.rpartition(".")[2]) for p in (*self._blocks, *self.parts)}
         self._loud, self._narrow, self._levels = {}, {}, {}  # made when first asked for
         whole = lambda s: _bytes(get(s)) + _bytes(get(norm_of(s)))
         mine = lambda s: sum(_bytes(m) for b, m in self.parts.values() if b == s)
@@ -128,10 +129,10 @@ class Library:
 
     def use(self, genome: tuple) -> nn.Module:  # valid until the next call
         "The model of a genome, by redirecting pointers."
-        for path, module in self._blocks.items(): put(self.model, path, module)
+        for path, module in self._blocks.items(): setattr(*self._homes[path], module)
         gone, widths = dropped(self.genes, genome), width_of(self.genes, genome)
         chosen = {p: self.level(p, level, widths.get(g.block)) for g, level in zip(self.genes, genome) if g.block not in gone for p in g.parts}
-        for path, module in chosen.items(): put(self.model, path, module)
+        for path, module in chosen.items(): setattr(*self._homes[path], module)
         for s in gone: drop(self.model, s)
         return self.model
 
@@ -154,6 +155,7 @@ class GenomeSpace:
         self.library = Library(model, self.genes, moments)
         self.groups = {}  # sub-block -> its genes
         for i, g in enumerate(self.genes): self.groups.setdefault(g.block, []).append(i)
+        self._doors = {b: next((i for i in members if "drop" in self.genes[i].levels), None) for b, members in self.groups.items()}
         self._hushed = {b: [i for i in members if "drop" not in self.genes[i].levels] for b, members in self.groups.items()}
         self._known = {}
         self.low = self.bytes(self.canonical(tuple(g.levels[0] for g in self.genes)))
@@ -182,9 +184,15 @@ class GenomeSpace:
         "Tensor bytes of the file, Eq. (5.2.1)."
         return self.library.fixed + sum(self.group_bytes(b, tuple(genome[i] for i in members)) for b, members in self.groups.items())
 
+    def added(self, genome: tuple, moved: tuple, i: int) -> int:
+        "Bytes that moving gene i has added: only its sub-block is counted again."
+        block = self.genes[i].block
+        after, before = (self.group_bytes(block, tuple(g[k] for k in self.groups[block])) for g in (moved, genome))
+        return after - before
+
     def canonical(self, genome: tuple) -> tuple:
         "Silent genes at their smallest level."
-        gone = dropped(self.genes, genome)
+        gone = [b for b, door in self._doors.items() if door is not None and genome[door] == "drop"]
         if not gone: return genome
         out = list(genome)
         for s in gone:
@@ -193,7 +201,8 @@ class GenomeSpace:
 
     def audible(self, genome: tuple, i: int) -> bool:
         "Whether gene i matters: not if its sub-block is left out by another gene."
-        return i not in self._hushed[self.genes[i].block] or self.genes[i].block not in dropped(self.genes, genome)
+        door = self._doors[self.genes[i].block]
+        return door in (None, i) or genome[door] != "drop"
 
     def check(self, budget: int) -> int:
         "The budget, or a ValueError with the range that can be reached."
@@ -205,10 +214,12 @@ class GenomeSpace:
         return budget
 
     def step(self, genome: tuple, i: int, by: int) -> tuple | None:
-        "Gene i moved by so many levels; None where it has no such level."
+        "Gene i of a canonical genome moved by so many levels; None where it has no such level."
         levels = self.genes[i].levels
         j = levels.index(genome[i]) + by
-        return self.canonical(genome[:i] + (levels[j],) + genome[i + 1:]) if 0 <= j < len(levels) else None
+        if not 0 <= j < len(levels): return None
+        moved = genome[:i] + (levels[j],) + genome[i + 1:]
+        return self.canonical(moved) if levels[j] == "drop" or not self.audible(genome, i) else moved
 
     def fill(self, genome: tuple, budget: int, order) -> tuple:
         "Raises genes in the given order while they fit, the right side of Eq. (5.2.2)."
@@ -217,27 +228,29 @@ class GenomeSpace:
             raised = False
             for i in order:
                 up = self.step(genome, i, 1)
-                if up and size < (larger := self.bytes(up)) <= budget: genome, size, raised = up, larger, True
+                if up and 0 < (more := self.added(genome, up, i)) <= budget - size: genome, size, raised = up, size + more, True
         return genome
 
     def repair(self, genome: tuple, budget: int, rng: random.Random, keep: int | None = None) -> tuple:
         "The genome brought to a budget, Eq. (5.2.2); gene `keep` is lowered only if nothing else can be."
         self.check(budget)
         genome = self.canonical(genome)
-        while self.bytes(genome) > budget:
+        size = self.bytes(genome)
+        while size > budget:
             order = rng.sample(range(len(genome)), len(genome))
-            genome = next(d for i in sorted(order, key=lambda i: i == keep) if (d := self._cheaper(genome, i)))
+            i, down = next((i, d) for i in sorted(order, key=lambda i: i == keep) if (d := self._cheaper(genome, i)))
+            genome, size = down, size + self.added(genome, down, i)
         return self.fill(genome, budget, rng.sample(range(len(genome)), len(genome)))
 
     def _cheaper(self, genome, i):  # one level down, if that saves bytes
         down = self.step(genome, i, -1)
-        return down if down and self.bytes(down) < self.bytes(genome) else None
+        return down if down and self.added(genome, down, i) < 0 else None
 
     def mutate(self, genome: tuple, budget: int, rng: random.Random) -> tuple:
         "One to three level switches that keep the budget (Sieberling et al., 2025)."
         child = genome
         for _ in range(min(rng.randint(1, 3), rng.randint(1, 3))):
-            ups = [(i, u) for i in range(len(child)) if (u := self.step(child, i, 1)) and self.bytes(u) != self.bytes(child)]
+            ups = [(i, u) for i in range(len(child)) if (u := self.step(child, i, 1)) and self.added(child, u, i)]
             if not ups: break
             i, up = rng.choice(ups)
             child = self.repair(up, budget, rng, keep=i)

@@ -142,7 +142,8 @@ class Stored(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self._fast is not None and x.numel() == self.in_features and x.device.type == "cpu":
-            return self._kernel_product(x.reshape(1, -1), self._fast).to(x.dtype).view(*x.shape[:-1], -1) + (0 if self.bias is None else self.bias)
+            y = self._kernel_product(x.reshape(1, -1), self._fast).to(x.dtype).view(*x.shape[:-1], -1)
+            return y if self.bias is None else y + self.bias
         return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
     def _apply(self, fn, recurse=True):  # .to(device): what was made ready travels by being made again
@@ -166,9 +167,8 @@ class Int8Linear(Stored):
         q, scale = grid or quantize(weight, 8)
         self._keep(weight.shape, q, scale, bias)
     def _rebuild(self): return dequantize(self.q, self.scale)
-    def _kernel_weight(self): return self.q, torch.ones(self.out_features, dtype=torch.bfloat16)
-    def _kernel_product(self, x, w):
-        return torch._weight_int8pack_mm(x.bfloat16(), *w).float() * self.scale.float().T
+    def _kernel_weight(self): return self.q, self.scale.flatten()
+    def _kernel_product(self, x, w): return torch._weight_int8pack_mm(x.bfloat16(), *w).float()
 
 
 class Int4Linear(Stored):
