@@ -8,11 +8,11 @@ __all__ = ['correction', 'reconstruct', 'heal']
 # %% ../../nbs/5_compress/12_heal.ipynb #812d8a2f
 import torch
 from torch import Tensor, nn
-from .export import Compressed
+from .export import Compressed, ready
 from .feedback import damped
 from .rank import LowRank, build_at
 from .search import Divergence, kl_divergence, logits_of
-from .techniques import Stored, norm_of, put, sub_blocks
+from .techniques import norm_of, put, sub_blocks
 from .widths import _linear, last_of
 from ..lm.evolution import LowRankES
 from ..lm.text import sample_batch, windows
@@ -83,8 +83,7 @@ def heal(
     "Refits the last matrices, Eq. (5.12.3), then minimises the divergence over the gains of the norms, Eq. (5.12.2)."
     if steps < 0: raise ValueError(f"steps must be a whole number >= 0, got {steps!r}")
     model = compressed.model if isinstance(compressed, Compressed) else compressed
-    for m in model.modules():
-        if isinstance(m, Stored): m.prepare(kernel=False)  # a member's rows are many, and kernels read one
+    ready(model, kernel=False)  # a member's rows are many, and kernels read one
     gone = set(compressed.dropped) if isinstance(compressed, Compressed) else set()
     reconstruct(model, dense, windows(tokens, length, limit=128)["input_ids"], gone)
     parameters = {n: p for n, p in model.named_parameters() if p.dim() < 2}
@@ -99,6 +98,5 @@ def heal(
             return kl_divergence(b["log_p"], logits_of(model, b["ids"])).mean(1)
         for group in es.param_groups: group["lr"] = lr * (1 - 0.9 * k / max(steps, 1))
         es.step(closure)
-    for m in model.modules():
-        if isinstance(m, Stored): m.prepare()
+    ready(model)
     return compressed

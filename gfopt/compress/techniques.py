@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['Gone', 'sub_blocks', 'norm_of', 'put', 'drop', 'quantize', 'dequantize', 'rounding_error', 'pack4', 'unpack4',
-           'kernel_works', 'Stored', 'Int8Linear', 'Int4Linear', 'Bf16Linear', 'group4', 'Int8Embedding',
-           'Bf16Embedding', 'store']
+           'kernel_works', 'Stored', 'Int8Linear', 'Int4Linear', 'Bf16Linear', 'group4', 'Joined', 'join',
+           'Int8Embedding', 'Bf16Embedding', 'store']
 
 # %% ../../nbs/5_compress/01_techniques.ipynb #2a2ed601
 import functools
+import operator
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from ..lm.model import Llama
+from ..lm.model import MLP, Attention, Llama
 
 # %% ../../nbs/5_compress/01_techniques.ipynb #ae40f4bb
 _NORMS = dict(self_attn="input_layernorm", mlp="post_attention_layernorm")
@@ -112,7 +113,7 @@ def kernel_works(
     g = torch.Generator().manual_seed(0)
     x, w = torch.randn(1, 128, generator=g), torch.randn(64, 128, generator=g)
     layer = (Int8Linear if bits == 8 else Int4Linear)(w)
-    try: got = layer._kernel_product(x, layer._kernel_weight())
+    try: got = layer._kernel_product(x.bfloat16(), layer._kernel_weight()).float()
     except (RuntimeError, AttributeError, NotImplementedError): return False
     exact = x @ layer.weight.T
     return bool((got - exact).abs().max() <= 0.01 * exact.abs().max())
@@ -120,7 +121,7 @@ def kernel_works(
 
 class Stored(nn.Module):
     "A weight matrix kept in a compact form; `.weight` is the float32 matrix it stands for."
-    bits, smallest = 32, 2 ** 18  # weights below which a kernel is not worth a call
+    bits, smallest = 32, 2 ** 16  # weights below which a kernel is not worth a call
 
     def prepare(self, kernel: bool = True) -> "Stored":
         "Makes ready what the forward pass reads: the kernel's weights where it is of use, else float32 ones."
@@ -142,7 +143,7 @@ class Stored(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self._fast is not None and x.numel() == self.in_features and x.device.type == "cpu":
-            y = self._kernel_product(x.reshape(1, -1), self._fast).to(x.dtype).view(*x.shape[:-1], -1)
+            y = self._kernel_product(x.reshape(1, -1).bfloat16(), self._fast).to(x.dtype).view(*x.shape[:-1], -1)
             return y if self.bias is None else y + self.bias
         return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
@@ -166,9 +167,10 @@ class Int8Linear(Stored):
         super().__init__()
         q, scale = grid or quantize(weight, 8)
         self._keep(weight.shape, q, scale, bias)
-    def _rebuild(self): return dequantize(self.q, self.scale)
+    def grid(self): return self.q, self.scale
+    def _rebuild(self): return dequantize(*self.grid())
     def _kernel_weight(self): return self.q, self.scale.flatten()
-    def _kernel_product(self, x, w): return torch._weight_int8pack_mm(x.bfloat16(), *w).float()
+    def _kernel_product(self, x, w): return torch._weight_int8pack_mm(x, *w)
 
 
 class Int4Linear(Stored):
@@ -178,12 +180,13 @@ class Int4Linear(Stored):
         super().__init__()
         q, scale = grid or quantize(weight, 4, group4(weight.shape[1]))
         self._keep(weight.shape, pack4(q), scale, bias)
-    def _rebuild(self): return dequantize(unpack4(self.q), self.scale)
+    def grid(self): return unpack4(self.q), self.scale
+    def _rebuild(self): return dequantize(*self.grid())
     def _kernel_weight(self):
         codes = (unpack4(self.q) + 8).to(torch.int32)
         scales = torch.stack([self.scale.T, torch.zeros_like(self.scale.T)], 2).contiguous()
         return torch._convert_weight_to_int4pack_for_cpu(codes, 1), self.in_features // self.scale.shape[1], scales
-    def _kernel_product(self, x, w): return torch._weight_int4pack_mm_for_cpu(x.bfloat16(), *w).float()
+    def _kernel_product(self, x, w): return torch._weight_int4pack_mm_for_cpu(x, *w)
 
 
 class Bf16Linear(Stored):
@@ -200,6 +203,34 @@ def group4(
 ) -> int:
     "How many neighbours share a scale at 4 bits: 32, or the largest smaller power of two that divides the row."
     return min(32, n & -n)
+
+# %% ../../nbs/5_compress/01_techniques.ipynb #5e1f0a02
+class Joined:
+    "Stored matrices that read the same row, multiplied in one call of a kernel; each for itself if one of them has been replaced."
+    def __init__(self, block: nn.Module, names: tuple):  # layers of one kind, each with its kernel ready
+        self.block, self.names = block, names
+        self.layers = [getattr(block, n) for n in names]
+        q, scale = (torch.cat(t) for t in zip(*(m.grid() for m in self.layers)))
+        self.whole, self.sizes = type(self.layers[0])(q, grid=(q, scale)).prepare(), [m.out_features for m in self.layers]
+
+    def __call__(self, x: Tensor) -> tuple:  # (..., in) -> one (..., out) for each layer
+        layers = [getattr(self.block, n) for n in self.names]
+        one_row = x.numel() == self.whole.in_features and x.device.type == "cpu"
+        if one_row and all(map(operator.is_, layers, self.layers)): return self.whole(x).split(self.sizes, -1)
+        return tuple(m(x) for m in layers)
+
+
+def join(
+    block: nn.Module,  # an attention or an MLP; the layers stay where they are
+) -> bool:  # whether something was joined
+    "Lets the projections of a sub-block go through one kernel where all of them have one."
+    vars(block).pop("project", None)  # of an earlier state
+    if not isinstance(block, Attention | MLP): return False
+    names = ("q_proj", "k_proj", "v_proj") if isinstance(block, Attention) else ("gate_proj", "up_proj")
+    layers = [getattr(block, n) for n in names]
+    if len(set(map(type, layers))) > 1 or any(getattr(m, "_fast", None) is None or m.bias is not None for m in layers): return False
+    block.project = Joined(block, names)
+    return True
 
 # %% ../../nbs/5_compress/01_techniques.ipynb #725059bb
 class Int8Embedding(Int8Linear):

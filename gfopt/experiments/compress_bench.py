@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'setting', 'Lookup', 'Found', 'Hunt', 'tree_rows', 'exact_space', 'exact', 'allocation', 'fronts', 'cost',
-           'healing', 'matrices_ms', 'speed', 'deploy', 'jobs', 'measure', 'main', 'paired', 'volumes']
+           'healing', 'write_genome', 'matrices_ms', 'speed', 'jobs', 'main', 'paired', 'volumes']
 
 # %% ../../nbs/6_experiments/19_compress_bench.ipynb #1f7752d9
 import functools
@@ -31,18 +31,18 @@ from ..compress.measure import file_bytes, measure_latency, open_model
 from ..compress.search import Divergence, Evaluator, dynamic_programming, greedy, kl_divergence, logits_of, random_genomes, single_scores
 from ..compress.techniques import norm_of, sub_blocks
 from .peers import interleaved
-from .provenance import provenance
+from .provenance import add_rows
 from ..lm.model import Llama, LlamaConfig, bits_per_byte, config, rope_angles, save_model
 from ..lm.pretrain import pretrain
-from ..lm.text import ByteTokenizer, load_corpus, pack, windows, write_atomic
+from ..lm.text import ByteTokenizer, load_corpus, pack, windows
 from ..search.pareto import hypervolume
 
 # %% ../../nbs/6_experiments/19_compress_bench.ipynb #2d8baaa4
 PRESETS = dict(
     cpu=dict(width=48, layers=8, heads=4, kv=2, steps=200, rows=8, length=32, exact=160, exact_seeds=20, evaluations=120, seeds=[0, 1, 2, 3, 4], front=480, heal=100, tokens=4096,
-             speed="base", deploy=dict(size="small", steps=120, rows=8, length=64, evaluations=200, targets=[1_000_000, 2_700_000, 4_000_000])),
+             speed="base"),
     smoke=dict(width=16, layers=3, heads=2, kv=1, steps=3, rows=2, length=8, exact=60, exact_seeds=1, evaluations=60, seeds=[0], front=100, heal=2, tokens=64,
-               speed="pico", deploy=dict(size="pico", steps=2, rows=2, length=16, evaluations=20, targets=[60_000, 100_000])))
+               speed="pico"))
 
 
 @functools.cache
@@ -221,7 +221,8 @@ def healing(preset: str, seed: int = 0) -> dict:  # bits per byte on test text
     return told | dict(steps=s.p["heal"], bytes=small.point.bytes)
 
 # %% ../../nbs/6_experiments/19_compress_bench.ipynb #f2c7b9e0
-def _write(space, genome, path):
+def write_genome(space: GenomeSpace, genome: tuple, path) -> None:
+    "Saves a genome that no search has found."
     point = SimpleNamespace(genome=space.canonical(genome), bytes=space.bytes(space.canonical(genome)), loss=0.0, source="bench")
     Compressed(space, point).save(path)
 
@@ -251,65 +252,20 @@ def speed(preset: str) -> dict:  # name -> file_bytes, prefill_ms, decode_ms, ma
     with tempfile.TemporaryDirectory() as folder:
         at = {n: Path(folder) / n for n in ("float32", *genomes)}
         save_model(dense, at["float32"])
-        for n, g in genomes.items(): _write(space, g, at[n])
+        for n, g in genomes.items(): write_genome(space, g, at[n])
         sizes, models = {n: file_bytes(p) for n, p in at.items()}, {n: open_model(p) for n, p in at.items()}
         models["bfloat16"], sizes["bfloat16"] = open_model(at["float32"]).to(torch.bfloat16), sizes["float32"] // 2
     took, alone = measure_latency(models, torch.arange(64)[None], 32, 9, time.process_time), matrices_ms(models)
     return {n: dict(file_bytes=sizes[n], **took[n], matrices_ms=alone[n]) for n in models}
 
 
-def deploy(preset: str) -> dict:  # name -> file_bytes, bits_per_byte
-    "What is left of a trained model at each size, loaded from disk."
-    p, tokenizer, text = PRESETS[preset]["deploy"], ByteTokenizer(), load_corpus().code
-    dense, tokens = Llama(config(p["size"], tokenizer.vocab_size), seed=0), pack(text.train[:150], tokenizer)
-    pretrain(dense, tokens, steps=p["steps"], rows=8, length=p["length"], progress=False)
-    dense.requires_grad_(False)
-    cut = lambda docs, n: windows(pack(docs, tokenizer), p["length"], limit=n)
-    read, check, test = cut(text.train[150:190], p["rows"]), cut(text.valid, p["rows"]), cut(text.test, 8 * p["rows"])
-    eight = GenomeSpace(dense, ("blocks", "bits"), (8,), moments=moments(dense, read["input_ids"]))
-    flat = GenomeSpace(dense, ("bits",), (4, 8, 16), moments=eight.library.moments)
-    front = compress(dense, read, targets=p["targets"], evaluations=p["evaluations"], seed=0, validation=check, progress=False)
-    with tempfile.TemporaryDirectory() as folder:
-        folder = Path(folder)
-        save_model(dense, folder / "float32")
-        for b in (16, 8, 4): _write(flat, flat.flat(b), folder / f"uniform {b} bits")
-        for b in p["targets"]:
-            _write(eight, eight.uniform(b), folder / f"8 bits within {b}")
-            small = front.pick(bytes=b)
-            small.save(folder / f"searched {b}")
-            heal(small, dense, tokens, steps=0, length=p["length"], progress=False)
-            small.save(folder / f"healed {b}")
-        return {f.name: dict(file_bytes=file_bytes(f), bits_per_byte=bits_per_byte(open_model(f), test, tokenizer)) for f in sorted(folder.iterdir())}
-
 # %% ../../nbs/6_experiments/19_compress_bench.ipynb #2bca95f2
 def jobs(preset: str) -> dict:  # name -> (function, arguments)
     "What there is to measure, the most important first."
     seeds = PRESETS[preset]["seeds"]
-    exacts = {f"exact/{which}/{seed}": (exact, (which, seed)) for which in ("drop", "bits") for seed in range(PRESETS[preset]["exact_seeds"])}
-    return {"cost": (cost, ()), **exacts, **{f"{which}/{seed}": (allocation, (which, seed)) for which in ("drop", "bits", "joint") for seed in seeds},
-            "fronts": (fronts, ()), "healing": (healing, ()), "speed": (speed, ()), "deploy": (deploy, ())}
-
-
-def measure(
-    out: Path,  # the JSON, written after every row
-    preset: str = "cpu",
-    say=print,
-    only: tuple | None = None,  # names of rows; None: all
-) -> dict:  # provenance, preset, settings, rows, complete
-    "Runs what is missing; a run that was stopped goes on behind what it has."
-    out = Path(out)
-    head = json.loads(json.dumps(dict(provenance=provenance("cpu", 0), preset=preset, settings=PRESETS[preset])))
-    known = json.loads(out.read_text()) if out.exists() else {}
-    if known.get("settings") != head["settings"]: known = {}
-    rows, plan = known.get("rows", {}), jobs(preset)
-    for name, (function, args) in plan.items():
-        if name in rows or only and name not in only: continue
-        start = time.process_time()
-        rows[name] = dict(result=function(preset, *args), cpu_seconds=0.0)
-        rows[name]["cpu_seconds"] = round(time.process_time() - start, 1)
-        write_atomic(out, json.dumps(head | dict(rows=rows, complete=len(rows) == len(plan)), indent=1).encode())
-        say(f"{name}: {rows[name]['cpu_seconds']} s")
-    return json.loads(out.read_text())
+    exacts = {f"exact/{which}/{seed}": (exact, (preset, which, seed)) for which in ("drop", "bits") for seed in range(PRESETS[preset]["exact_seeds"])}
+    return {"cost": (cost, (preset,)), **exacts, **{f"{which}/{seed}": (allocation, (preset, which, seed)) for which in ("drop", "bits", "joint") for seed in seeds},
+            "fronts": (fronts, (preset,)), "healing": (healing, (preset,)), "speed": (speed, (preset,))}
 
 
 def main(argv=None) -> None:
@@ -320,7 +276,7 @@ def main(argv=None) -> None:
     parser.add_argument("--preset", choices=list(PRESETS), default="cpu")
     parser.add_argument("--out", type=Path, required=True, help="the JSON of the results")
     a = parser.parse_args(argv)
-    measure(a.out, a.preset)
+    add_rows(a.out, a.preset, PRESETS[a.preset], jobs(a.preset))
 
 
 if __name__ == "__main__" and "__file__" in globals():  # run as a module, not as a notebook

@@ -32,7 +32,8 @@ class LlamaConfig:
     def __post_init__(self):
         for name in ("vocab_size", "d_model", "n_layers", "n_heads", "n_kv_heads", "d_ff", "max_len"):
             v = getattr(self, name)
-            if not isinstance(v, int) or v < 1: raise ValueError(f"{name} must be an integer >= 1, got {v!r}")
+            least = 0 if name == "n_layers" else 1  # a search may leave out every layer
+            if not isinstance(v, int) or v < least: raise ValueError(f"{name} must be an integer >= {least}, got {v!r}")
         if self.d_model % (2 * self.n_heads):
             raise ValueError(f"d_model must be a multiple of 2 * n_heads = {2 * self.n_heads}, got {self.d_model}")
         if self.n_heads % self.n_kv_heads:
@@ -49,10 +50,14 @@ SIZES = dict(  # d_model, n_layers, n_heads, n_kv_heads, d_ff
     pico=(64, 2, 4, 4, 176), nano=(128, 4, 4, 4, 352), small=(256, 6, 8, 4, 704), base=(512, 8, 8, 4, 1408))
 
 
-def config(size: str, vocab_size: int, max_len: int = 512) -> LlamaConfig:
-    "One of the named sizes for a vocabulary."
-    if size not in SIZES: raise ValueError(f"size must be one of {', '.join(SIZES)}, got {size!r}")
-    return LlamaConfig(vocab_size, *SIZES[size], max_len=max_len)
+def config(
+    size: str | tuple,  # a name, or d_model, n_layers, n_heads, n_kv_heads, d_ff
+    vocab_size: int,
+    max_len: int = 512,
+) -> LlamaConfig:
+    "One of the named sizes, or five numbers of your own, for a vocabulary."
+    if isinstance(size, str) and size not in SIZES: raise ValueError(f"size must be one of {', '.join(SIZES)}, got {size!r}")
+    return LlamaConfig(vocab_size, *(SIZES[size] if isinstance(size, str) else size), max_len=max_len)
 
 # %% ../../nbs/4_lm/02_model.ipynb #83ccd032
 class RMSNorm(nn.Module):
@@ -111,15 +116,16 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(c.d_model, c.n_kv_heads * c.head_dim, bias=False)
         self.o_proj = nn.Linear(c.n_heads * c.head_dim, c.d_model, bias=False)
 
+    def project(self, x: Tensor) -> tuple: return self.q_proj(x), self.k_proj(x), self.v_proj(x)
+
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None, layer: int) -> Tensor:
         B, T, _ = x.shape
-        q, k, v = (p(x).view(B, T, -1, self.head_dim).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        q, k, v = (t.view(B, T, -1, self.head_dim).transpose(1, 2) for t in self.project(x))
+        q, k = rotate(torch.cat([q, k], 1), cos, sin).split([q.shape[1], k.shape[1]], 1)  # one turn for both
         if cache is not None: k, v = cache.update(layer, k, v)
-        past, groups = k.shape[2] - T, q.shape[1] // k.shape[1]
-        if groups > 1: k, v = (t.repeat_interleave(groups, 1) for t in (k, v))
+        past = k.shape[2] - T
         mask = torch.ones(T, past + T, dtype=torch.bool, device=x.device).tril(past) if past and T > 1 else None
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=not past and T > 1)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=not past and T > 1, enable_gqa=q.shape[1] > k.shape[1])
         return self.o_proj(out.transpose(1, 2).reshape(B, T, -1))
 
 # %% ../../nbs/4_lm/02_model.ipynb #88d3d9cb
@@ -130,7 +136,10 @@ class MLP(nn.Module):
         self.gate_proj = nn.Linear(c.d_model, c.d_ff, bias=False)
         self.up_proj = nn.Linear(c.d_model, c.d_ff, bias=False)
         self.down_proj = nn.Linear(c.d_ff, c.d_model, bias=False)
-    def forward(self, x: Tensor) -> Tensor: return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+    def project(self, x: Tensor) -> tuple: return self.gate_proj(x), self.up_proj(x)
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.project(x)
+        return self.down_proj(F.silu(gate) * up)
 
 # %% ../../nbs/4_lm/02_model.ipynb #8f9c1f8f
 class Block(nn.Module):

@@ -6,7 +6,7 @@
 __all__ = ['newton_schulz', 'Muon', 'schedule', 'pretrain', 'base_model']
 
 # %% ../../nbs/4_lm/03_pretrain.ipynb #de448d64
-import hashlib, json, math, os, shutil, sys, tempfile, time
+import functools, hashlib, json, math, os, shutil, sys, tempfile, time
 from pathlib import Path
 import torch
 from torch import Tensor, nn
@@ -107,6 +107,7 @@ def pretrain(
     embed_lr: float = 3.0,  # learning rate of embedding and gains relative to `lr`
     weight_decay: float = 0.0,
     seed: int = 0,
+    bfloat16: bool | None = None,  # matrix products in 16 bits; None: on a GPU; on a CPU it pays where there are units for it (AMX)
     evaluate=None,  # model -> bits per byte; its time is not counted
     every: float = 0.1,  # share of the budget between two records
     progress: bool = True,
@@ -115,6 +116,7 @@ def pretrain(
     limits = _check(optimizer, dict(steps=steps, seconds=seconds, token_budget=token_budget))
     device = next(model.parameters()).device
     tokens, g, bar = tokens.to(device), torch.Generator().manual_seed(seed), _bar(progress)
+    half = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=device.type == "cuda" if bfloat16 is None else bfloat16)
     lr = lr or (0.02 if optimizer == "muon" else 0.005)
     opt = Muon(model, lr, momentum, embed_lr, weight_decay=weight_decay, matrices=optimizer == "muon")
     base = [group["lr"] for group in opt.param_groups]
@@ -123,11 +125,11 @@ def pretrain(
     while done < 1:
         for group, b in zip(opt.param_groups, base): group["lr"] = b * schedule(done, warmup)
         batch = sample_batch(tokens, rows, length, g)
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"): logits = model(batch["input_ids"])
+        with half(): logits = model(batch["input_ids"])
         loss = row_losses(logits, batch["labels"]).mean()
         model.zero_grad()
         loss.backward()
-        opt.step()
+        with half(): opt.step()
         losses.append(loss.detach())
         step, clock = step + 1, time.perf_counter()
         spent = dict(steps=step, seconds=clock - start - paused, token_budget=step * rows * length)
@@ -178,7 +180,7 @@ def _write_base(folder: Path, model: Llama, tokenizer, history: list) -> None:
 # %% ../../nbs/4_lm/03_pretrain.ipynb #21945711
 def base_model(
     corpus: Corpus,
-    size: str = "nano",
+    size: str | tuple = "nano",  # of `config`
     seconds: float | None = 60,  # None when steps= or token_budget= is given instead
     seed: int = 0,
     device: str = "cpu",
@@ -195,7 +197,7 @@ def base_model(
     key = dict(recipe=_RECIPE, corpus=corpus.sha256, size=size, seconds=seconds, seed=seed, device=kind,
                tokenizer=tokenizer, vocab_size=vocab_size if tokenizer == "bpe" else 257, **settings)
     name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
-    folder = cache_dir() / f"base-{size}-{name}"
+    folder = cache_dir() / f"base-{size if isinstance(size, str) else 'own'}-{name}"
     if cache and (found := _read_base(folder)): return found[0].to(device), *found[1:]
     tok = train_bpe(corpus.code.train, vocab_size) if tokenizer == "bpe" else ByteTokenizer()
     held_out = windows(pack(corpus.code.valid, tok), 128, 64)
