@@ -118,7 +118,7 @@ def _one_budget(evaluate, budget, end, scores, search, seed):
     rng, left = random.Random(f"{seed} {budget}"), lambda: max(0.0, end - evaluate.spent)
     if scores and left() > 2:
         evaluate(dynamic_programming(evaluate.space, scores, budget), "additive")
-        greedy(evaluate, scores, budget, limit=left() / 2 - 1)
+        greedy(evaluate, scores, budget, limit=left() / 6 - 1)
     random_genomes(evaluate, budget, left() // 8, rng)
     if search == "evolution": evolve(evaluate, budget, left(), rng, scores)
     elif search == "evopress": evopress(evaluate, budget, left(), rng)

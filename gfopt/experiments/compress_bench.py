@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from ..compress.evolution import evopress
 from ..compress.export import Compressed
 from ..compress.feedback import moments
-from ..compress.front import _one_budget, compress
+from ..compress.front import _one_budget, affordable_share, compress
 from ..compress.genome import TECHNIQUES, GenomeSpace
 from ..compress.heal import heal
 from ..compress.measure import file_bytes, measure_latency, open_model
@@ -39,9 +39,9 @@ from ..search.pareto import hypervolume
 
 # %% ../../nbs/6_experiments/19_compress_bench.ipynb #2d8baaa4
 PRESETS = dict(
-    cpu=dict(width=48, layers=8, heads=4, kv=2, steps=200, rows=8, length=32, exact=160, exact_seeds=20, evaluations=120, seeds=[0, 1, 2, 3, 4], front=480, heal=100, tokens=4096,
+    cpu=dict(width=48, layers=8, heads=4, kv=2, steps=200, rows=8, read=32, length=32, exact=160, exact_seeds=20, evaluations=120, seeds=[0, 1, 2, 3, 4], front=480, heal=100, tokens=4096,
              speed="base"),
-    smoke=dict(width=16, layers=3, heads=2, kv=1, steps=3, rows=2, length=8, exact=60, exact_seeds=1, evaluations=60, seeds=[0], front=100, heal=2, tokens=64,
+    smoke=dict(width=16, layers=3, heads=2, kv=1, steps=3, rows=2, read=4, length=8, exact=60, exact_seeds=1, evaluations=60, seeds=[0], front=100, heal=2, tokens=64,
                speed="pico"))
 
 
@@ -55,7 +55,7 @@ def setting(preset: str):
     pretrain(model, tokens, steps=p["steps"], rows=16, length=64, progress=False)
     cut = lambda docs, n: windows(pack(docs, tokenizer), p["length"], limit=n)
     return SimpleNamespace(model=model.requires_grad_(False), tokenizer=tokenizer, tokens=tokens, p=p,
-                           calibration=lambda seed: cut(code.train[150 + 19 * seed:169 + 19 * seed], p["rows"]),
+                           calibration=lambda seed, rows=p["rows"]: cut(code.train[150 + 19 * seed:169 + 19 * seed], rows),
                            validation=cut(code.valid[:40], 2 * p["rows"]), test=cut(code.test[:40], 6 * p["rows"]))
 
 
@@ -163,7 +163,7 @@ def allocation(preset: str, which: str, seed: int) -> dict:  # method -> calibra
     "Everybody's best genome for equally many calibration tokens, judged on test text."
     s = setting(preset)
     techniques, bits = dict(bits=(("rank", "bits"), (4, 8, 16)), drop=(("blocks",), (32,)), joint=(TECHNIQUES, (4, 8, 16)))[which]
-    text, E = s.calibration(seed), s.p["evaluations"]
+    text, E = s.calibration(seed, s.p["read"]), s.p["evaluations"]
     c = moments(s.model, text["input_ids"])
     space, d, check = GenomeSpace(s.model, techniques, bits, moments=c), Divergence(s.model, text), Divergence(s.model, s.test)
     dense = sum(t.nbytes for t in s.model.state_dict().values())
@@ -171,11 +171,12 @@ def allocation(preset: str, which: str, seed: int) -> dict:  # method -> calibra
     budget = dict(bits=space.bytes(space.flat(4)), drop=space.high - blocks // 4, joint=int(0.10 * dense))[which]
     front = compress(s.model, text, budget=budget, techniques=techniques, bits=bits, evaluations=E, seed=seed, progress=False)
     out = {}
-    for source in ("uniform", "additive", "greedy", "evolution"):
-        source_points = [p for p in front.points if p.source == source]
-        if source == "evolution": source_points = front.points  # it starts from the others
+    for source in ("uniform", "additive", "evolution"):
+        source_points = [p for p in front.points if p.source == source or source == "evolution"]  # evolution starts from the others
         if source_points: out[source] = min(source_points, key=lambda p: p.calibration).genome
-    for name, go in dict(random=random_genomes, evopress=evopress).items():
+    share = affordable_share(space, E, len(d.ids))
+    alone = dict(greedy=lambda ev, budget, E, _: greedy(ev, single_scores(ev, share), budget, limit=E - ev.spent)) if share else {}
+    for name, go in dict(alone, random=random_genomes, evopress=evopress).items():
         ev = Evaluator(space, d)
         go(ev, budget, E, random.Random(seed))
         out[name] = ev.best(None, budget)[0][1]
