@@ -154,9 +154,9 @@ def test_solved_is_solved():
 
 def test_who_arrives_is_before_who_is_merely_close():
     rows = [dict(d=100, budget=9, function="f", method=m, runs=runs)
-            for m, runs in (("fast", [[3, 0.5]]), ("slow", [[8, 0.1]]), ("near", [[9, 1.1]]), ("far", [[None, 7.0]]))]
+            for m, runs in (("fast", [[3, 0.5]]), ("slow", [[8, 0.1]]), ("died", [[None, 0.9]]), ("near", [[9, 1.1]]), ("far", [[None, 7.0]]))]
     (s,) = chooser.of_large(dict(rows=rows, target=1.0))
-    assert block_ranks(s.tasks)[1][0, 0].tolist() == [1, 2, 3, 4]
+    assert block_ranks(s.tasks)[1][0, 0].tolist() == [1, 2, 3, 4, 5]
 
 
 def test_a_search_that_was_given_more_tokens_gains_nothing_by_them():
