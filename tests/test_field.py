@@ -158,6 +158,7 @@ def test_bbob_counts_areas_where_more_is_better(folder):
     ("bayes_methods_cpu", "tuning", "optuna", "TPE", "cost", lambda d: d["rows"]["small tpe"].update(ask={k: v / 2 for k, v in d["rows"]["small tpe"]["ask"].items()}), 2),
     ("storage_cpu", "tuning", "optuna", "a finished", "cost", lambda d: d["rows"]["storage"].update(optuna=[4 * v for v in d["rows"]["storage"]["optuna"]]), 4),
     ("forward_cost_cpu", "training", "AdamW", "memory on 256", "cost", lambda d: d["rows"]["memory 256"]["bytes"]["AdamW"].update(peak=2 * d["rows"]["memory 256"]["bytes"]["AdamW"]["peak"]), 2),
+    ("forward_cost_cpu", "training", "AdamW", "a step on 4,096", "cost", lambda d: d["rows"]["step 4096"]["ms"].update(AdamW=[2 * v for v in d["rows"]["step 4096"]["ms"]["AdamW"]]), 2),
     ("forward_training_cpu", "training", "AdamW", "verbaliser", "quality", lambda d: [r["curve"][-1].__setitem__(2, 3 * r["curve"][-1][2]) for k, r in d["rows"].items() if k.startswith("b/verbaliser/AdamW/seed")], 3),
     ("compress_cpu", "compression", "EvoPress-style search", "a tenth", "quality", lambda d: [r["result"]["evopress"].update(test=2 * r["result"]["evopress"]["test"]) for k, r in d["rows"].items() if k.startswith("joint/")], 2),
     ("compress_cpu", "compression", "EvoPress-style search", "known optimum of bits", "cost", lambda d: [r["result"]["found"].update(evolution=2 * r["result"]["found"]["evolution"]) for k, r in d["rows"].items() if k.startswith("exact/bits/")], 0.5)])
