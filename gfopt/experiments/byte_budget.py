@@ -25,14 +25,14 @@ from ..lm.text import load_corpus, pack, windows
 
 # %% ../../nbs/6_experiments/21_byte_budget.ipynb #b0d6e006
 PRESETS = dict(  # shapes: d_model, n_layers, n_heads, n_kv_heads, d_ff
-    cpu=dict(tokenizer="bpe", vocab=1024, rows=16, length=128, read=16, check=24, test=192, evaluations=200, heal=20, half=True, device="cpu", tracks={
-        "16 MB": dict(bytes=16_000_000, large=(512, 8, 8, 4, 1408), small=(448, 6, 7, 7, 1216), tokens=800_000),
-        "4 MB": dict(bytes=4_000_000, large=(320, 6, 10, 5, 864), small=(256, 5, 8, 4, 704), tokens=1_000_000),
-        "1 MB": dict(bytes=1_000_000, large=(192, 4, 6, 3, 512), small=(128, 4, 4, 4, 352), tokens=1_500_000)},
-        fast=dict(track="16 MB", shares=(0.13, 0.10, 0.075, 0.055))),
-    smoke=dict(tokenizer="bytes", vocab=257, rows=2, length=32, read=2, check=2, test=4, evaluations=20, heal=1, half=False, device="cpu", tracks={
-        "60 kB": dict(bytes=60_000, large=(64, 2, 4, 2, 160), small=(48, 1, 4, 2, 128), tokens=256)},
-        fast=dict(track="60 kB", shares=(0.3,))))
+    cpu=dict(tokenizer="bpe", vocab=1024, rows=16, length=128, read=16, check=24, test=192, evaluations=200, half=True, device="cpu", tracks={
+        "16 MB": dict(bytes=16_000_000, large=(512, 8, 8, 4, 1408), tokens=800_000, heal=0),
+        "4 MB": dict(bytes=4_000_000, large=(320, 6, 10, 5, 864), small=(256, 5, 8, 4, 704), tokens=1_000_000, heal=20),
+        "1 MB": dict(bytes=1_000_000, large=(192, 4, 6, 3, 512), small=(128, 4, 4, 4, 352), tokens=1_500_000, heal=100)},
+        fast=dict(track="16 MB", shares=(0.13, 0.10, 0.075, 0.055), heal=20)),
+    smoke=dict(tokenizer="bytes", vocab=257, rows=2, length=32, read=2, check=2, test=4, evaluations=20, half=False, device="cpu", tracks={
+        "60 kB": dict(bytes=60_000, large=(64, 2, 4, 2, 160), small=(48, 1, 4, 2, 128), tokens=256, heal=1)},
+        fast=dict(track="60 kB", shares=(0.3,), heal=1)))
 PRESETS["gpu"] = PRESETS["cpu"] | dict(half=None, device="cuda", rows=64, tracks={k: t | dict(tokens=60_000_000) for k, t in PRESETS["cpu"]["tracks"].items()})
 SPARE = 30_000  # bytes of a folder that are not tensors: names, shapes, the genome
 
@@ -66,21 +66,23 @@ def weigh(folders: list, test: dict, tokenizer, speed: bool = True) -> dict:  # 
 def track(preset: str, name: str) -> dict:  # way to fill the file -> what `weigh` says
     "All ways to fill the bytes of one track."
     p, budget = PRESETS[preset], PRESETS[preset]["tracks"][name]["bytes"]
-    (large, tokenizer), (small, _) = (trained(preset, name, which) for which in ("large", "small"))
+    large, tokenizer = trained(preset, name, "large")
     tokens, read, check, test = texts(preset, tokenizer)
     c = moments(large, read["input_ids"])
     eight, flat = GenomeSpace(large, ("blocks", "bits"), (8,), moments=c), GenomeSpace(large, ("bits",), (4, 8, 16), moments=c)
-    native = GenomeSpace(small, ("bits",), (8,), moments=moments(small, read["input_ids"]))
     front = compress(large, read, budget=budget - SPARE, evaluations=p["evaluations"], validation=check, progress=False)
     with tempfile.TemporaryDirectory() as folder:
         at = lambda way: Path(folder) / way
         save_model(large, at("float32"))
         for b in (16, 8, 4): write_genome(flat, flat.flat(b), at(f"{b} bits"))
         write_genome(eight, eight.uniform(budget - SPARE), at("8 bits, blocks left out"))
-        write_genome(native, native.flat(8), at("smaller model, 8 bits"))
+        if "small" in p["tracks"][name]:
+            small, _ = trained(preset, name, "small")
+            native = GenomeSpace(small, ("bits",), (8,), moments=moments(small, read["input_ids"]))
+            write_genome(native, native.flat(8), at("smaller model, 8 bits"))
         best = front.pick(bytes=budget - SPARE)
         best.save(at("searched"))
-        heal(best, large, tokens, steps=p["heal"], length=p["length"], progress=False).save(at("searched and healed"))
+        heal(best, large, tokens, steps=p["tracks"][name]["heal"], length=p["length"], progress=False).save(at("searched and healed"))
         return weigh(sorted(Path(folder).iterdir()), test, tokenizer)
 
 
@@ -98,7 +100,7 @@ def fast(preset: str) -> dict:  # share of the float32 bytes, or a format -> wha
         for share, b in zip(p["fast"]["shares"], front.budgets):
             best = front.pick(bytes=b)
             best.save(at(f"{share:.1%}"))
-            heal(best, large, tokens, steps=p["heal"], length=p["length"], progress=False).save(at(f"{share:.1%}, healed"))
+            heal(best, large, tokens, steps=p["fast"]["heal"], length=p["length"], progress=False).save(at(f"{share:.1%}, healed"))
         return weigh(sorted(Path(folder).iterdir()), test, tokenizer)
 
 
