@@ -15,7 +15,7 @@ from .export import Compressed
 from .genome import TECHNIQUES, GenomeSpace, _tied
 from .measure import measure_latency
 from .rank import LowRank, split_level
-from .techniques import Stored, kernel_works, sub_blocks
+from .techniques import Stored, kernel_reads, sub_blocks
 from ..optimizer import check_choice, check_int
 
 # %% ../../nbs/5_compress/11_latency.ipynb #e1e34849
@@ -61,8 +61,8 @@ class LatencyModel:
         "Nanoseconds of a matrix at a level and shape, Eq. (5.11.2)."
         if isinstance(layer, nn.Embedding): return 0  # rows are looked up; a tied head reads float32 at every level
         r, bits = split_level(level, m, n)
-        sizes = [m * n] if r is None else [r * n, m * r]
-        ms = self.coefficients[3] * (r is not None) + sum(self.coefficients[4 + BITS.index(read_in(bits, e))] * e / 1e6 for e in sizes)
+        shapes = [(m, n)] if r is None else [(r, n), (m, r)]
+        ms = self.coefficients[3] * (r is not None) + sum(self.coefficients[4 + BITS.index(read_in(bits, *s))] * s[0] * s[1] / 1e6 for s in shapes)
         return round(1e6 * ms)
 
     def rest(self, block: str | None, tensors: list[Tensor]) -> int:
@@ -72,10 +72,10 @@ class LatencyModel:
 
 def read_in(
     bits: int,  # stored
-    weights: int,  # how many the matrix has
+    m: int, n: int,  # rows, columns
 ) -> int:
     "The width at which a matrix is read once it is made ready: an integer kernel's, or 32."
-    return bits if bits < 16 and weights >= Stored.smallest and kernel_works(bits) else 32
+    return bits if kernel_reads(bits, m, n) else 32
 
 # %% ../../nbs/5_compress/11_latency.ipynb #e5b93d07
 def fit_latency(
