@@ -290,12 +290,12 @@ def test_dynamic_programming_solves_the_whole_menu_exactly():
             g = list(x.levels[-1] for x in space.genes)
             for i, v in zip(members_, levels): g[i] = v
             g = space.canonical(tuple(g))
-            cost, value = space.group_bytes(space.genes[members_[0]].block, tuple(g[i] for i in members_)), sum(scores[i, g[i]] for i in members_ if space.audible(g, i))
+            cost, value = space.group_cost(space.genes[members_[0]].block, tuple(g[i] for i in members_)), sum(scores[i, g[i]] for i in members_ if space.audible(g, i))
             seen[cost] = min(seen.get(cost, math.inf), value)
         parts.append(seen)
     for share in (0.0, 0.2, 0.5, 0.9):
         budget = int(space.low + share * (space.high - space.low))
-        best = min(sum(v for _, v in c) for c in itertools.product(*(p.items() for p in parts)) if space.library.fixed + sum(b for b, _ in c) <= budget)
+        best = min(sum(v for _, v in c) for c in itertools.product(*(p.items() for p in parts)) if sum(b for b, _ in c) <= budget)
         got = dynamic_programming(space, scores, budget, cells=10 ** 6)
         assert space.bytes(got) <= budget and total(got) <= best + 1e-9
         if share == 0.5: assert len({v for g, v in zip(space.genes, got) if len(g.parts) == 1}) > 1

@@ -28,7 +28,7 @@ def _demo(args):
 def _compress(args):
     from gfopt.compress.front import compress_folder
 
-    table = compress_folder(args.model, args.text, args.size, args.out, evaluations=args.evaluations, seed=args.seed, progress=not args.quiet)
+    table = compress_folder(args.model, args.text, args.size, args.out, evaluations=args.evaluations, seed=args.seed, progress=not args.quiet, target=args.target)
     print(f"{'':<7}{'bytes on disk':>15}{'bits per byte':>15}{'prefill ms':>12}{'decode ms':>12}")
     for name, row in table.items():
         print(f"{name:<7}{row['file_bytes']:>15,}{row['bits_per_byte']:>15.4f}{row['prefill_ms']:>12.2f}{row['decode_ms']:>12.2f}")
@@ -193,7 +193,8 @@ def parser() -> argparse.ArgumentParser:
                                         "The text is split into calibration, validation and test.")
     c.add_argument("model", metavar="MODEL", help="a folder of this package or of Hugging Face's Llama, Qwen or Mistral")
     c.add_argument("--text", required=True, metavar="FILE", help="text of the kind that the model is for")
-    c.add_argument("--size", type=float, default=0.25, help="share of the dense model's bytes (default 0.25)")
+    c.add_argument("--size", type=float, default=0.25, help="share of the dense model's bytes, or of another --target (default 0.25)")
+    c.add_argument("--target", choices=["bytes", "parameters", "latency"], default="bytes", help="what --size is a share of; latency is the time for a token, measured first (default bytes)")
     c.add_argument("--out", default="compressed", metavar="DIR", help="where the result goes (default compressed)")
     c.add_argument("--evaluations", type=int, default=256, help="passes over the calibration text (default 256)")
     c.add_argument("--seed", type=int, default=0, help="decides everything (default 0)")

@@ -123,9 +123,9 @@ def search_with(evaluate: Evaluator, method: str, budget: int, evaluations: floa
         z, y = optimizer.ask(), []
         for row in cube.decode(z):
             genome = tuple(row[n] for n in names)
-            many = method == "nsga2" and space.bytes(space.canonical(genome)) <= budget
+            many = method == "nsga2" and space.cost(space.canonical(genome)) <= budget
             fixed = space.canonical(genome) if many else space.repair(genome, budget, random.Random(f"{seed} {genome}"))
             full = evaluate.spent > goal - 1 and fixed not in evaluate.known
             loss = math.inf if full else evaluate(fixed, method)
-            y.append([space.bytes(fixed) / space.high, loss] if method == "nsga2" else loss)
+            y.append([space.cost(fixed) / space.high, loss] if method == "nsga2" else loss)
         optimizer.tell(z, torch.tensor(y, dtype=z.dtype)); asked += len(y)

@@ -24,7 +24,7 @@ def settle(model: nn.Module) -> nn.Module:
     "Takes empty layers out and numbers what is left, Eq. (5.4.1); changes the model."
     gone = lambda m: m is None or isinstance(m, Gone)
     layers, c = model.model.layers, model.config
-    kept = [i for i, layer in enumerate(layers) if not (gone(layer.self_attn) and gone(layer.mlp))]
+    kept = [i for i, layer in enumerate(layers) if not (gone(layer.self_attn) and gone(layer.mlp))] or [0]  # there is always one, be it empty
     model.model.layers = nn.ModuleList(layers[i] for i in kept)
     if isinstance(model, Llama): model.config = dataclasses.replace(c, n_layers=len(kept))
     else:
@@ -132,7 +132,9 @@ class Compressed:
     def save(self, path) -> None:
         "A folder that `load_compressed` opens, and `from_pretrained` too where the result is uniform."
         p = self.point
-        save_compressed(self.model, path, genome=dict(zip(self._genes, self.genome)), bytes=p.bytes, loss=p.loss, source=p.source)
+        known = dict(parameters=getattr(p, "parameters", None), latency_ns=getattr(p, "latency", None))  # what the search knew besides
+        save_compressed(self.model, path, genome=dict(zip(self._genes, self.genome)), bytes=p.bytes, loss=p.loss, source=p.source,
+                        **{k: v for k, v in known.items() if v is not None})
 
 # %% ../../nbs/5_compress/04_export.ipynb #d0851b41
 def native_config(

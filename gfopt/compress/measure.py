@@ -32,7 +32,7 @@ def file_bytes(path) -> int:  # of a folder
 
 def count_parameters(model: nn.Module) -> int:
     "Numbers the model computes with: parameters, and the weights that stored matrices stand for."
-    stored = sum(m.out_features * m.in_features for m in model.modules() if isinstance(m, Stored))
+    stored = sum(m.out_features * (m.in_features + (m.bias is not None)) for m in model.modules() if isinstance(m, Stored))
     return stored + sum(p.numel() for p in model.parameters())
 
 

@@ -179,14 +179,14 @@ class Evaluator:
 
     def best(self, source: str | None, budget: int, n: int = 1) -> list[tuple]:
         "The n best (loss, genome) within a budget, of one source or of all."
-        found = {g: v for s, g, v, _ in self.log if source in (None, s) and self.space.bytes(g) <= budget}
+        found = {g: v for s, g, v, _ in self.log if source in (None, s) and self.space.cost(g) <= budget}
         return sorted(((v, g) for g, v in found.items()), key=lambda t: (t[0], str(t[1])))[:n]
 
     def trajectory(self, source: str | None, budget: int, start: float = 0) -> list[tuple[float, float]]:
         "(evaluations so far, best of this source, or of all, so far), one pair for each improvement."
         out, best = [], math.inf
         for s, g, v, n in self.log:
-            if source in (None, s) and n > start and v < best and self.space.bytes(g) <= budget: best = v; out.append((n - start, v))
+            if source in (None, s) and n > start and v < best and self.space.cost(g) <= budget: best = v; out.append((n - start, v))
         return out
 
 # %% ../../nbs/5_compress/03_search.ipynb #f87e7073
@@ -231,8 +231,8 @@ def _menu(space: GenomeSpace, scores: dict) -> list[list[tuple]]:
             least = at | {i: space.genes[i].levels[0] for i in fine}
             score = sum(scores[i, v] for i, v in at.items() if not gone or v == "drop")
             width = next((v for i, v in at.items() if isinstance(v, str) and "/" in v), None)
-            matrices = [] if gone else [(i, [(space.part_bytes(space.genes[i].path, v, width), scores[i, v], v) for v in space.genes[i].levels]) for i in fine]
-            settings.append((space.group_bytes(block, tuple(least[i] for i in members)) - sum(o[0][0] for _, o in matrices), score, least, matrices))
+            matrices = [] if gone else [(i, [(space.part_cost(space.genes[i].path, v, width), scores[i, v], v) for v in space.genes[i].levels]) for i in fine]
+            settings.append((space.group_cost(block, tuple(least[i] for i in members)) - sum(o[0][0] for _, o in matrices), score, least, matrices))
         out.append(settings)
     return out
 
@@ -293,11 +293,11 @@ def greedy(evaluate: Evaluator, scores: dict, budget: int, tries: int = 3, limit
     damage = evaluate(genome, source)
     price = {}  # gene -> last known damage per byte of its next step down
     for i, g in enumerate(space.genes): _guess(space, scores, genome, i, price)
-    while space.bytes(genome) > budget:
+    while price and space.cost(genome) > budget:
         fresh = []
         for i in heapq.nsmallest(tries, price, key=price.get):
-            down = space.step(genome, i, -1)
-            saved = space.bytes(genome) - space.bytes(down) if down else 0
+            down = space.cheaper(genome, i)
+            saved = space.cost(genome) - space.cost(down) if down else 0
             if saved <= 0: price[i] = math.inf; continue
             if evaluate.spent <= stop - 1: price[i] = (evaluate(down, source) - damage) / saved
             fresh.append(i)
@@ -305,9 +305,10 @@ def greedy(evaluate: Evaluator, scores: dict, budget: int, tries: int = 3, limit
             price = {i: p for i, p in price.items() if p < math.inf}
             continue
         i = min(fresh, key=price.get)
-        genome = space.step(genome, i, -1)
+        genome = space.cheaper(genome, i)
         damage = evaluate.known.get(genome, damage)
         _guess(space, scores, genome, i, price)
+    if space.cost(genome) > budget: genome = space.cheapest()  # no single step saves any more
     genome = space.fill(genome, budget, range(len(genome)))
     evaluate(genome, source)
     return genome
@@ -316,6 +317,6 @@ def greedy(evaluate: Evaluator, scores: dict, budget: int, tries: int = 3, limit
 def _guess(space, scores, genome, i, price):
     "The price of gene i's next step by single damages, until it is measured."
     price.pop(i, None)
-    if down := space.step(genome, i, -1):
-        saved = space.bytes(genome) - space.bytes(down)
+    if down := space.cheaper(genome, i):
+        saved = space.cost(genome) - space.cost(down)
         if saved > 0: price[i] = (scores[i, down[i]] - scores[i, genome[i]]) / saved

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Gone', 'sub_blocks', 'norm_of', 'put', 'drop', 'quantize', 'dequantize', 'rounding_error', 'pack4', 'unpack4',
-           'kernel_works', 'Stored', 'Int8Linear', 'Int4Linear', 'Bf16Linear', 'group4', 'Joined', 'join',
-           'Int8Embedding', 'Bf16Embedding', 'store']
+           'kernel_works', 'kernel_reads', 'Stored', 'Int8Linear', 'Int4Linear', 'Bf16Linear', 'group4', 'Joined',
+           'join', 'Int8Embedding', 'Bf16Embedding', 'store']
 
 # %% ../../nbs/5_compress/01_techniques.ipynb #2a2ed601
 import functools
@@ -119,15 +119,24 @@ def kernel_works(
     return bool((got - exact).abs().max() <= 0.01 * exact.abs().max())
 
 
+def kernel_reads(
+    bits: int,  # stored
+    m: int, n: int,  # rows, columns
+    smallest: float | None = None,  # weights below which a kernel is not worth a call; None: as for a Linear
+) -> bool:
+    "Whether a matrix is read by an integer kernel once it is made ready: large enough, in a shape that the kernel takes, and checked."
+    shape = n % 16 == 0 if bits == 8 else n % 32 == m % 16 == 0  # in others they refuse, or read past the end of a row
+    return bits < 16 and m * n >= (Stored.smallest if smallest is None else smallest) and shape and kernel_works(bits)
+
+
 class Stored(nn.Module):
     "A weight matrix kept in a compact form; `.weight` is the float32 matrix it stands for."
     bits, smallest = 32, 2 ** 16  # weights below which a kernel is not worth a call
 
     def prepare(self, kernel: bool = True) -> "Stored":
         "Makes ready what the forward pass reads: the kernel's weights where it is of use, else float32 ones."
-        out_in = torch.Size((self.out_features, self.in_features))
         self._fast = self._dense = None
-        if kernel and self.q.device.type == "cpu" and out_in.numel() >= self.smallest and self.bits < 16 and kernel_works(self.bits):
+        if kernel and self.q.device.type == "cpu" and kernel_reads(self.bits, self.out_features, self.in_features, self.smallest):
             self._fast = self._kernel_weight()
         else: self._dense = self._rebuild()
         return self

@@ -124,7 +124,7 @@ def exact_space(preset: str, which: str, seed: int = 0) -> tuple:  # space, budg
     c = moments(s.model, s.calibration(seed)["input_ids"])
     if which == "drop":
         space = GenomeSpace(s.model, ("blocks",), (32,), "block", c)
-        return space, space.high - len(space.genes) // 4 * space.group_bytes(space.genes[0].block, (32,))
+        return space, space.high - len(space.genes) // 4 * space.group_cost(space.genes[0].block, (32,))
     space = GenomeSpace(s.model, ("bits",), (4, 8, 16), "block", c)
     space.genes = [g if g.path.endswith("self_attn") else type(g)(g.path, g.parts, (8,), g.block) for g in space.genes]
     space.library.genes = space.genes
@@ -167,7 +167,7 @@ def allocation(preset: str, which: str, seed: int) -> dict:  # method -> calibra
     c = moments(s.model, text["input_ids"])
     space, d, check = GenomeSpace(s.model, techniques, bits, moments=c), Divergence(s.model, text), Divergence(s.model, s.test)
     dense = sum(t.nbytes for t in s.model.state_dict().values())
-    blocks = sum(space.group_bytes(b, tuple(space.genes[i].levels[-1] for i in m)) for b, m in space.groups.items() if b)
+    blocks = sum(space.group_cost(b, tuple(space.genes[i].levels[-1] for i in m)) for b, m in space.groups.items() if b)
     budget = dict(bits=space.bytes(space.flat(4)), drop=space.high - blocks // 4, joint=int(0.10 * dense))[which]
     front = compress(s.model, text, budget=budget, techniques=techniques, bits=bits, evaluations=E, seed=seed, progress=False)
     out = {}

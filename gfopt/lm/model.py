@@ -32,8 +32,7 @@ class LlamaConfig:
     def __post_init__(self):
         for name in ("vocab_size", "d_model", "n_layers", "n_heads", "n_kv_heads", "d_ff", "max_len"):
             v = getattr(self, name)
-            least = 0 if name == "n_layers" else 1  # a search may leave out every layer
-            if not isinstance(v, int) or v < least: raise ValueError(f"{name} must be an integer >= {least}, got {v!r}")
+            if not isinstance(v, int) or v < 1: raise ValueError(f"{name} must be an integer >= 1, got {v!r}")
         if self.d_model % (2 * self.n_heads):
             raise ValueError(f"d_model must be a multiple of 2 * n_heads = {2 * self.n_heads}, got {self.d_model}")
         if self.n_heads % self.n_kv_heads:
