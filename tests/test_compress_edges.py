@@ -10,7 +10,14 @@ from gfopt.compress.genome import GenomeSpace
 from gfopt.compress.heal import heal
 from gfopt.compress.measure import measure_latency
 from gfopt.compress.search import logits_of
-from gfopt.compress.techniques import Int4Linear, Int8Linear, Joined, join, kernel_works, sub_blocks
+from gfopt.compress.techniques import (
+    Int4Linear,
+    Int8Linear,
+    Joined,
+    join,
+    kernel_works,
+    sub_blocks,
+)
 from gfopt.lm.model import Llama, LlamaConfig, config, generate
 
 
