@@ -78,3 +78,10 @@ def test_every_public_name_is_there():
         assert getattr(gfopt, public) is not None
     with pytest.raises(AttributeError, match="nothing_like_it"):
         gfopt.nothing_like_it  # noqa: B018
+
+
+@pytest.mark.parametrize("first", ["import gfopt.compress.heal", "from gfopt import compress", "import gfopt"])
+def test_compress_is_a_function_whatever_was_imported_first(first):
+    code = f"{first}\nfrom gfopt import compress\nimport gfopt\nfor f in (compress, gfopt.compress):\n    try: f(1, 2)\n    except ValueError as e: print(e)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.count("give either budget= or targets=") == 2, done.stderr

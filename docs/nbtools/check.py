@@ -61,10 +61,8 @@ def package() -> list[str]:
 
 
 def _sources(folder: Path) -> dict[str, str]:
-    "Module sources by path; the package's own `__init__.py` is written by hand."
-    found = {p.relative_to(folder).as_posix(): p.read_text() for p in folder.rglob("*.py")}
-    found.pop("__init__.py", None)
-    return found
+    "Module sources by path; those of packages, `__init__.py`, are written by hand."
+    return {p.relative_to(folder).as_posix(): p.read_text() for p in folder.rglob("*.py") if p.name != "__init__.py"}
 
 
 def version() -> list[str]:
