@@ -2,6 +2,8 @@
 
 import json
 import math
+import runpy
+import sys
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -19,7 +21,7 @@ from gfopt.experiments import (
     report,
     rewards_bench,
 )
-from gfopt.space import Box
+from gfopt.space import Box, Real, Space, as_space
 
 
 @pytest.fixture
@@ -113,6 +115,33 @@ def test_a_bench_command_runs_all_or_a_toy(bench, monkeypatch, tmp_path):
     bench.main(["--out", str(tmp_path / "a.json")])
     assert [s for s, _ in seen] == [bench.SMALL, bench.CPU]
     for target, args, _ in seen[0][1].values(): assert callable(getattr(bench, target.partition(":")[2])) and args
+
+
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")  # the module is run once more, as a command
+@pytest.mark.parametrize("name", ["bayes_methods", "bayes_peers", "compress_bench", "finetune_bench", "forward_cost", "forward_training",
+                                  "rewards_bench", "tuning", "tuning_table"])
+def test_every_recorder_is_a_command(name, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["x", "--help"])
+    with pytest.raises(SystemExit) as end: runpy.run_module(f"gfopt.experiments.{name}", run_name="__main__")
+    said = capsys.readouterr().out
+    assert end.value.code == 0 and f"python -m gfopt.experiments.{name}" in said and "--out" in said
+
+
+# ---- spaces that cannot be
+@pytest.mark.parametrize("make, error, words", [
+    (lambda: Space([Real(0, 1)]), TypeError, "allowed: a dict of names"),
+    (lambda: Space.from_skopt([Real(0, 1), "x"]), TypeError, "dimension 'x'; allowed: skopt.space"),
+    (lambda: Box([0.0, 1.0], [1.0, 2.0, 3.0]), ValueError, r"Box high: shape \(3,\)"),
+    (lambda: Box([math.nan, 0.0], 1.0), ValueError, "Box low: nan"),
+    (lambda: Box(0, 1, 2, x0=3.0), ValueError, r"Box x0: \[3.0, 3.0\]; allowed: finite and within"),
+    (lambda: as_space(7), TypeError, "space: 7; allowed: Space, Box")])
+def test_a_space_that_cannot_be_is_refused_by_name(make, error, words):
+    with pytest.raises(error, match=words): make()
+
+
+def test_a_dict_of_parameters_is_a_space():
+    space = as_space(dict(lr=Real(0, 1)))
+    assert as_space(space) is space and space.names == ["lr"]
 
 
 # ---- toys
