@@ -20,6 +20,7 @@ from gfopt.experiments import (
     quality,
     report,
     rewards_bench,
+    speed,
 )
 from gfopt.space import Box, Real, Space, as_space
 
@@ -50,6 +51,24 @@ def test_contours_are_of_the_function_and_its_lowest_place(ax, log):
     assert low < high and (low < -1.9 if log else low >= -2)
 
 
+def test_bars_of_speed_show_medians_and_the_floor(ax):
+    told = {"gfopt": dict(ms=[1.0, 2.0, 4.0]), "peer": dict(ms=[3.0, 5.0, 6.0]), "broken": dict(error="no")}
+    row = dict(contenders=told, floor=dict(ms=0.5))
+    speed.plot_speed(dict(rows=dict(es=row)), [ax], ["es"])
+    assert [b.get_width() for b in ax.patches] == [2.0, 5.0] and [t.get_text() for t in ax.get_yticklabels()] == ["gfopt", "peer"]
+    assert [line.get_xdata()[0] for line in ax.lines if line.get_linestyle() == "--"] == [0.5]
+    ax.clear()
+    speed.plot_speed(dict(rows=dict(batched=dict(contenders=dict(batched=dict(ms=[1, 1, 1]))))), [ax], ["batched"])
+    assert len(ax.patches) == 1 and not [line for line in ax.lines if line.get_linestyle() == "--"]
+
+
+def test_every_method_has_a_curve_in_every_dimension(ax, monkeypatch):
+    monkeypatch.setattr(coco, "curve", lambda result, m, d: np.full(len(coco.GRID), 0.1 * d))
+    coco.plot_ecdf(dict(settings=dict(dims=[2])), [ax])
+    assert [line.get_label() for line in ax.lines] == list(coco.METHODS) and ax.get_title() == "d = 2" and ax.get_ylim() == (0, 1)
+    assert all((line.get_ydata() == 0.2).all() for line in ax.lines)
+
+
 # ---- an optimiser that is not finished says what it lacks
 def test_what_a_method_has_not_said_is_named():
     class Empty(optimizer.Optimizer): pass
@@ -65,6 +84,10 @@ def test_states_of_others_are_refused():
     large = optimizer.make_optimizer("pso", Box(0, 1, 2), 0, population=31)
     with pytest.raises(ValueError, match="population"): large.load_state_dict(one.state_dict())
     with pytest.raises(RuntimeError, match="nothing to recommend"): one.recommend()
+    with pytest.raises(RuntimeError, match="nothing to recommend"): optimizer.make_optimizer("bo", Box(0, 1, 2), 0).recommend()
+    two = optimizer.make_optimizer("bo", Box(0, 1, 2), 0)
+    two.tell(two.ask(2), torch.tensor([[1.0, 2.0], [0.5, 3.0]]))
+    assert two.recommend().shape == (2,)
     one.tell(torch.full((1, 2), 0.5), [math.nan])
     with pytest.raises(RuntimeError, match="nothing to recommend"): one.recommend()
 
