@@ -10,7 +10,7 @@ export PYTHONHASHSEED := 0
 export PYTHON
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lab docs check faults bench sync clean env-demo env-dev env-bench
+.PHONY: help demo test lab docs check coverage faults bench sync clean env-demo env-dev env-bench
 
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1|\2/p' Makefile | awk -F'|' '{printf "%-14s %s\n", $$1, $$2}'
@@ -34,6 +34,12 @@ docs: env-dev  ## the site, in docs/_build/html
 check: env-dev  ## drift between notebooks, package and README; the book's rules; lint; types
 	@bad=0; for step in "python docs/tools.py check" "python docs/tools.py survey" "ruff check" mypy; do \
 	  echo "$$step"; $(BIN)/$$step || bad=1; done; exit $$bad
+
+coverage: env-dev  ## which lines and branches of the package the tests reach (ARGS="tests/test_study.py" for some)
+	$(BIN)/coverage erase
+	OMP_NUM_THREADS=1 $(BIN)/coverage run -m pytest -q -n $(JOBS) --dist worksteal --ignore tests/test_notebooks.py $(ARGS)
+	$(BIN)/coverage combine -q
+	$(BIN)/coverage report
 
 faults: env-dev  ## plant every known fault in a copy; the tests must find each (ARGS="search" for one area)
 	$(BIN)/python docs/tools.py faults $(ARGS)

@@ -23,7 +23,6 @@ from optuna.trial import TrialState  # noqa: E402
 from gfopt.adapters.optuna import GfoptSampler, parameter  # noqa: E402
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
-pytestmark = pytest.mark.filterwarnings("ignore")
 DIMENSIONS = [Real(1e-4, 1.0, prior="log-uniform", name="lr"), Integer(1, 8, name="depth"), Categorical(["relu", "gelu"], name="act")]
 
 

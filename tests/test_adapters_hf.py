@@ -151,6 +151,7 @@ def test_row_objective_is_the_models_own_loss():
     with pytest.raises(ValueError, match="labels"): row_objective(model, batch | dict(labels=batch["labels"][:, :4]))
 
 
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")  # the name that transformers 4 knows
 @pytest.mark.parametrize("name,bad", [("gradient_checkpointing", dict(gradient_checkpointing=True)), ("max_grad_norm", dict(max_grad_norm=0.5)), ("method", None), ("optimizers", None)])
 def test_what_needs_gradients_is_refused_by_name(tmp_path, name, bad):
     extra = dict(method=dict(method="adam")) if name == "method" else dict(method=ZO | dict(optimizers=(torch.optim.SGD(gpt2().parameters(), 0.1), None))) if name == "optimizers" else {}

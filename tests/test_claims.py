@@ -133,9 +133,21 @@ def test_regrets_use_the_largest_block_that_everybody_has():
     assert tasks == 3 and np.allclose(ours, [1, 2, 3, 4, 5])
     values |= {("a", "ours", 5): 9.0}  # a seed that only one has reached
     assert len(claims.regrets(record(values), "ours", ("p",))[0]) == 5
-    few = {k: v for k, v in values.items() if k[2] < 2}
+    values |= {("e", m, s): 7.0 for m in ("ours", "p") for s in range(5)}
+    del values["e", "p", 3]  # a seed that only one peer lacks is nobody's
+    ours, theirs, tasks = claims.regrets(record(values), "ours", ("p",))
+    assert tasks == 4 and len(ours) == len(theirs) == 4 and np.isclose(theirs[-1], (5.0**3 * 7) ** 0.25)
+    assert claims.regrets(record(values | {("a", "q", 0): 1.0}), "ours", ("p", "q"))[2] == 1
+    few = {k: v for k, v in values.items() if k[2] < 2 and k[0] != "e"}
     assert claims.regrets(record(few), "ours", ("p",))[2] == 4
     assert claims.regrets({}, "ours", ("p",))[2] == 0 and not len(claims.regrets({}, "ours", ("p",))[0])
+
+
+def test_regrets_of_one_seed_count_only_where_nobody_has_two():
+    one = {(t, m, 0): 1.0 for t in "abcdefgh" for m in ("ours", "p")}
+    assert claims.regrets(record(one), "ours", ("p",))[2] == 8
+    ours, _, tasks = claims.regrets(record(one | {("a", m, 1): 1.0 for m in ("ours", "p")}), "ours", ("p",))
+    assert tasks == 1 and len(ours) == 2  # an interval needs pairs
 
 
 def test_divergences_cope_with_what_is_missing():

@@ -161,6 +161,7 @@ def test_update_of_normals(triton, dtype):
     for p, w in zip(params, want): assert torch.allclose(p.cpu().float(), w, rtol=2 * torch.finfo(dtype).eps, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:invalid value encountered in subtract:RuntimeWarning")  # inf - inf is quiet on a GPU, not in numpy
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_stochastic_rounding_of_extreme_values(triton, dtype):
     info = torch.finfo(dtype)

@@ -343,8 +343,9 @@ def test_what_cannot_be_followed_names_the_parameter(call, message):
     parameters = dict((model := M()).named_parameters())
     with torch.no_grad(), Population(parameters, changes_of(parameters, 4), 4) as population:
         x = population.expand(torch.ones(3, 4))
-        if message is None:
-            return model(x)  # after the parameter the model may do what it likes
+        if message is None:  # after the parameter the model may do what it likes
+            assert model(x).shape == (4,)
+            return
         with pytest.raises(PopulationError, match=f"'w' met .*{message}"):
             model(x)
 

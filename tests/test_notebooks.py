@@ -1,5 +1,6 @@
 """Every notebook runs against the exported package; notebooks, package, README agree."""
 
+import gc
 import os
 import random
 import sys
@@ -16,6 +17,8 @@ sys.path.insert(0, str(ROOT / "docs"))
 from nbtools import check, notebooks  # noqa: E402
 
 EXPORTS = {"export", "exports", "exporti"}
+# a notebook runs as Jupyter runs it, with Python's own filters: these are hidden from its readers, all others are errors here
+pytestmark = [pytest.mark.filterwarnings(f"ignore::{kind}") for kind in ("DeprecationWarning", "PendingDeprecationWarning", "ResourceWarning")]
 
 
 def name(path: Path) -> str:
@@ -31,6 +34,7 @@ def undisturbed():
     with matplotlib.rc_context():
         yield
     matplotlib.pyplot.close("all")
+    gc.collect()  # files that a notebook has left open: here, not in the midst of another test
     os.environ.clear()
     os.environ.update(environment)
     torch.set_default_dtype(dtype)

@@ -1,8 +1,10 @@
 """The checks of docs/nbtools are able to fail, and translate what they should."""
 
 import os
+import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -196,8 +198,18 @@ def test_setup_says_what_to_install(tmp_path, wrong, said):
 def test_makefile_describes_every_target():
     "`make help` is the first thing a new user sees."
     said = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True).stdout
-    for target in ("demo", "test", "lab", "docs", "check", "bench", "clean", "help"):
-        assert f"make {target} " in said
+    targets = re.search(r"^\.PHONY: (.*)", (ROOT / "Makefile").read_text(), re.M)[1].split()
+    assert {"demo", "test", "coverage", "help"} <= set(targets)
+    for target in targets:
+        assert f"make {target} " in said or target.startswith("env-")
+
+
+def test_every_python_that_is_promised_is_tested():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    promised = re.findall(r"Python :: (3\.\d+)", "\n".join(project["classifiers"]))
+    matrix = re.search(r"python: \[(.*)\]", (ROOT / ".github/workflows/tests.yml").read_text())[1]
+    assert re.findall(r"[\d.]+", matrix) == promised == ["3.11", "3.12", "3.13"]
+    assert project["requires-python"] == f">={promised[0]}"
 
 
 @pytest.mark.parametrize(

@@ -38,6 +38,14 @@ def test_a_tenth_is_good_at_most_25(n):
     assert good_count(n) == min(math.ceil(n / 10), 25)
 
 
+@pytest.mark.parametrize("centre", [-40.0, -1.5, 0.0, 0.5, 1.0, 3.0])
+def test_kernels_far_outside_the_window_stay_numbers(centre):
+    X, one = np.linspace(0, 1, 7)[:, None], np.ones((1, 1), bool)
+    got = log_kernels(X, np.ones((7, 1), bool), np.array([[centre]]), one, np.array([0.05]), np.zeros(1, int))[:, 0]
+    assert np.allclose(got, truncnorm(-centre / 0.05, (1 - centre) / 0.05, centre, 0.05).logpdf(X[:, 0]), rtol=1e-6)
+
+
+
 @given(st.integers(0, 10**6))
 @settings(max_examples=25, deadline=None)
 def test_kernels_are_the_formula_written_as_loops(seed):

@@ -9,7 +9,7 @@ __all__ = ['good_count', 'log_kernels', 'log_parzen', 'bandwidths', 'parzen_draw
 import math
 import numpy as np
 import torch
-from scipy.special import logsumexp, ndtr, ndtri
+from scipy.special import log_ndtr, logsumexp, ndtr, ndtri
 from .trust_region import Remembering
 from ..optimizer import check_int
 
@@ -32,7 +32,9 @@ def log_kernels(
     "Log density of each candidate under each kernel, relative to the uniform one, Eq. (3.7.4)."
     number = choices == 0
     a, b = (on & number).astype(float), (alive & number) / h ** 2
-    inside = np.where(alive & number, np.log(h * np.sqrt(2 * np.pi) * (ndtr((1 - points) / h) - ndtr(-points / h))), 0)
+    off = np.abs(points - .5)  # both walls seen from the side where the tails are small
+    near, far = log_ndtr((.5 - off) / h), log_ndtr(-(.5 + off) / h)
+    inside = np.where(alive & number, np.log(h * np.sqrt(2 * np.pi)) + near + np.log1p(-np.exp(far - near)), 0)
     square = (a * X ** 2) @ b.T - 2 * (a * X) @ (b * points).T + a @ (b * points ** 2).T
     out = -square / 2 - a @ inside.T
     for j in np.flatnonzero(~number):

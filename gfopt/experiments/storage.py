@@ -58,6 +58,7 @@ def bare_lines(folder):
         file.write(b'{"tell": 0, "value": 0.5}\n')
         os.fsync(file.fileno())
 
+    one.close = file.close
     return one
 
 
@@ -74,6 +75,7 @@ def run_rounds(rounds: int = 300, only=None) -> dict:  # name -> ms of each roun
                 begun = time.perf_counter()
                 step()
                 ms[k].append(round((time.perf_counter() - begun) * 1e3, 4))
+        for step in steps.values(): getattr(step, "close", bool)()
     return ms
 
 
