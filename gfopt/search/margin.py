@@ -53,7 +53,7 @@ def cell(
     z: Tensor,  # coordinates in [0, 1], `(k,)`
     mixed: Mixed,
 ) -> tuple[Tensor, Tensor]:  # the ends of the cells they are in, infinite at the outermost
-    "Lower and upper end of the cell around a coordinate, from Eq. (1.1.2)."
+    "Lower and upper end of the cell around a coordinate, from Eq. (1.11.2)."
     def warp(v): return torch.where(mixed.log, v.clamp(min=1e-300).log(), v)
     a, b = warp(mixed.low - 0.5), warp(mixed.high + 0.5)
     v = a + z * (b - a)
