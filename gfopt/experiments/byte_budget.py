@@ -16,6 +16,7 @@ from ..compress.feedback import moments
 from ..compress.front import compress
 from ..compress.genome import GenomeSpace
 from ..compress.heal import heal
+from ..compress.latency import calibrate_latency
 from ..compress.measure import file_bytes, measure_latency, open_model
 from .compress_bench import matrices_ms, write_genome
 from .provenance import add_rows
@@ -27,12 +28,12 @@ from ..lm.text import load_corpus, pack, windows
 PRESETS = dict(  # shapes: d_model, n_layers, n_heads, n_kv_heads, d_ff
     cpu=dict(tokenizer="bpe", vocab=1024, rows=16, length=128, read=16, check=24, test=192, evaluations=200, half=True, device="cpu", tracks={
         "16 MB": dict(bytes=16_000_000, large=(512, 8, 8, 4, 1408), tokens=800_000, heal=0),
-        "4 MB": dict(bytes=4_000_000, large=(320, 6, 10, 5, 864), small=(256, 5, 8, 4, 704), tokens=1_000_000, heal=20),
-        "1 MB": dict(bytes=1_000_000, large=(192, 4, 6, 3, 512), small=(128, 4, 4, 4, 352), tokens=1_500_000, heal=100)},
-        fast=dict(track="16 MB", shares=(0.13, 0.10, 0.075, 0.055), heal=20)),
+        "4 MB": dict(bytes=4_000_000, large=(320, 6, 10, 5, 864), small=(256, 5, 8, 4, 704), lr=dict(large=0.008, small=0.01), tokens=1_000_000, heal=20),
+        "1 MB": dict(bytes=1_000_000, large=(192, 4, 6, 3, 512), small=(128, 4, 4, 4, 352), lr=dict(large=0.0133), tokens=1_500_000, heal=100)},
+        fast=dict(track="16 MB", shares=(0.45, 0.33, 0.25, 0.2), heal=0)),
     smoke=dict(tokenizer="bytes", vocab=257, rows=2, length=32, read=2, check=2, test=4, evaluations=20, half=False, device="cpu", tracks={
         "60 kB": dict(bytes=60_000, large=(64, 2, 4, 2, 160), small=(48, 1, 4, 2, 128), tokens=256, heal=1)},
-        fast=dict(track="60 kB", shares=(0.3,), heal=1)))
+        fast=dict(track="60 kB", shares=(0.8,), heal=1)))
 PRESETS["gpu"] = PRESETS["cpu"] | dict(half=None, device="cuda", rows=64, tracks={k: t | dict(tokens=60_000_000) for k, t in PRESETS["cpu"]["tracks"].items()})
 SPARE = 30_000  # bytes of a folder that are not tensors: names, shapes, the genome
 
@@ -41,8 +42,9 @@ def trained(preset: str, track: str, which: str) -> tuple:  # model, tokenizer
     "The \"large\" or the \"small\" model of a track, from the cache if it has been trained before."
     p = PRESETS[preset]
     t = p["tracks"][track]
+    own = dict(lr=t["lr"][which]) if which in t.get("lr", {}) else {}
     model, tokenizer, _ = base_model(load_corpus(), t[which], None, device=p["device"], tokenizer=p["tokenizer"], vocab_size=p["vocab"], progress=False, token_budget=t["tokens"], rows=p["rows"],
-                                     length=p["length"], bfloat16=p["half"])
+                                     length=p["length"], bfloat16=p["half"], **own)
     return model.to("cpu").eval().requires_grad_(False), tokenizer
 
 
@@ -86,22 +88,26 @@ def track(preset: str, name: str) -> dict:  # way to fill the file -> what `weig
         return weigh(sorted(Path(folder).iterdir()), test, tokenizer)
 
 
-def fast(preset: str) -> dict:  # share of the float32 bytes, or a format -> what `weigh` says
-    "How fast and how small one model gets, and what it loses: searched at several sizes and healed."
+def fast(preset: str) -> dict:  # a format, or a share of the time -> what `weigh` says, and the time that was predicted
+    "How fast and how small one model gets, and what it loses: blocks and bits, searched for shares of the float32 model's time for a token, and healed."
     p = PRESETS[preset]
-    large, tokenizer = trained(preset, p["fast"]["track"], "large")
+    f, menu = p["fast"], ("blocks", "bits")
+    large, tokenizer = trained(preset, f["track"], "large")
     tokens, read, check, test = texts(preset, tokenizer)
-    front = compress(large, read, targets=list(p["fast"]["shares"]), evaluations=2 * p["evaluations"], validation=check, progress=False)
+    clock, _ = calibrate_latency(large, test["input_ids"][:1, :64], menu, new_tokens=16, repeats=5, clock=time.process_time)
+    front = compress(large, read, targets=list(f["shares"]), target="latency", latency=clock, techniques=menu, evaluations=p["evaluations"], validation=check, progress=False)
+    predicted = {}
     with tempfile.TemporaryDirectory() as folder:
         at = lambda way: Path(folder) / way
         save_model(large, at("float32"))
         flat = GenomeSpace(large, ("bits",), (4, 8, 16), moments=front.space.library.moments)
         for b in (16, 8, 4): write_genome(flat, flat.flat(b), at(f"{b} bits"))
-        for share, b in zip(p["fast"]["shares"], front.budgets):
-            best = front.pick(bytes=b)
-            best.save(at(f"{share:.1%}"))
-            heal(best, large, tokens, steps=p["fast"]["heal"], length=p["length"], progress=False).save(at(f"{share:.1%}, healed"))
-        return weigh(sorted(Path(folder).iterdir()), test, tokenizer)
+        for share, budget in zip(f["shares"], front.budgets):
+            best, way = front.pick(latency=budget), f"{share:.0%} of the time"
+            predicted |= dict.fromkeys((way, f"{way}, healed"), best.point.latency / 1e6)
+            best.save(at(way))
+            heal(best, large, tokens, steps=f["heal"], length=p["length"] // 2, progress=False).save(at(f"{way}, healed"))
+        return {n: r | dict(predicted_ms=predicted.get(n)) for n, r in weigh(sorted(Path(folder).iterdir()), test, tokenizer).items()}
 
 
 def jobs(preset: str) -> dict:  # name -> (function, arguments)
