@@ -96,6 +96,12 @@ def test_only_what_was_measured_in_full_is_a_rival():
     ev = started(rival=[1.0] * 32, half=[0.0] * 32, x=[3.0] * 32)
     ev.glance("half", 0.5)
     assert ev.race("x", "half", "race") == 3.0 and ev.spent == 2.5
+    class Whole:  # knows no rows
+        ids = torch.zeros(32, 1)
+        def __call__(self, genome): return dict(rival=1.0, x=3.0)[genome]
+    ev = Evaluator(SPACE, Whole())
+    ev("rival", "first")
+    assert ev.race("x", "rival", "race") == 3.0 and ev.spent == 2
 
 
 def test_a_genome_that_is_known_is_not_raced():
