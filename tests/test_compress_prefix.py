@@ -103,6 +103,13 @@ def test_an_embedding_in_other_bits_shares_nothing(spaces):
     assert streams.ran == pytest.approx(2 + 1 / 6)
 
 
+def test_the_stream_in_front_of_a_sub_block_that_is_left_out_is_known(spaces):
+    m, space = spaces["gfopt"]
+    streams, top = Prefixes(space, IDS), top_of(space)
+    streams(space.canonical(tuple("drop" if g.path == "model.layers.0.mlp" else v for g, v in zip(space.genes, top))), 0, 6)
+    assert torch.equal(streams(top, 0, 6), logits_of(space.library.use(top), IDS)) and streams.ran == pytest.approx(1 + 5 / 6)
+
+
 def test_streams_of_other_rows_are_not_used(spaces):
     m, space = spaces["gfopt"]
     streams, g = Prefixes(space, IDS), top_of(space)
