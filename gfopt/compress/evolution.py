@@ -70,16 +70,17 @@ def evolve(evaluate: Evaluator, budget: int, evaluations: float, rng: random.Ran
     space, goal, misses = evaluate.space, evaluate.spent + evaluations, 0
     damages = Damages(space, scores) if scores else None
     while evaluate.spent <= goal - 1 and misses < (PATIENCE // 10 if damages else PATIENCE):
-        pool = [g for _, g in evaluate.best(None, budget, elite)] or [space.uniform(budget)]
+        found = evaluate.best(None, budget, elite) or [(math.inf, space.uniform(budget))]
+        leader, pool = found[0][0], [g for _, g in found]
         new = {_child(space, pool, budget, rng): None for _ in range(24 if damages else 1)}
         if damages:
-            damages.fit(evaluate.known)
+            damages.fit(evaluate.lost | evaluate.known)
             new |= {dynamic_programming(space, damages.learnt(pool[0], jitter, rng), budget, 1024): None for jitter in (0.02, 0.2)}
-        fresh = [g for g in new if g not in evaluate.known]
+        fresh = [g for g in new if g not in evaluate.known and evaluate.lost.get(g, -math.inf) <= leader]
         misses = 0 if fresh else misses + 1
         if not fresh: continue
         order = np.argsort(damages.predict(fresh)) if damages else [0]
-        evaluate(fresh[order[0] if rng.random() < 0.9 else rng.randrange(len(fresh))], source)
+        evaluate.race(fresh[order[0] if rng.random() < 0.9 else rng.randrange(len(fresh))], pool[0], source)
 
 
 def _child(space, pool, budget, rng):  # better parents more often; one time in three a cross of two

@@ -190,7 +190,7 @@ def fronts(preset: str, seed: int = 0) -> dict:  # search -> [(share of the dens
     alone = {t: ((t,), (4, 8, 16)) if t == "bits" else ((t,), (32,)) for t in TECHNIQUES}
     for name, (techniques, bits) in dict(joint=(TECHNIQUES, (4, 8, 16)), **alone).items():
         low, high = (lambda x: (x.low, x.high))(GenomeSpace(s.model, techniques, bits))
-        shares = (0.06, 0.09, 0.13, 0.2)
+        shares = (0.06, 0.08, 0.1, 0.13, 0.16, 0.19, 0.27)
         targets = [int(x * dense) for x in shares] if name == "joint" else [int(low + x * (high - low)) for x in (0.05, 0.3, 0.6)]
         front = compress(s.model, s.calibration(seed), targets=targets, techniques=techniques, bits=bits, seed=seed, validation=s.validation, progress=False,
                          evaluations=s.p["front"] if name == "joint" else s.p["front"] // len(alone))
