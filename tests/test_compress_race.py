@@ -22,7 +22,7 @@ class Written(Divergence):
     def by_row(self, model, start, stop, logits=None): return torch.as_tensor(self.table[model], dtype=torch.float64)[start:stop]
 
 
-SPACE = SimpleNamespace(canonical=lambda g: g, bytes=lambda g: 1, library=SimpleNamespace(use=lambda g: g))
+SPACE = SimpleNamespace(canonical=lambda g: g, bytes=lambda g: 1, cost=lambda g: 1, library=SimpleNamespace(use=lambda g: g))
 
 
 def started(**rows):

@@ -39,9 +39,9 @@ from ..search.pareto import hypervolume
 
 # %% ../../nbs/6_experiments/19_compress_bench.ipynb #2d8baaa4
 PRESETS = dict(
-    cpu=dict(width=48, layers=8, heads=4, kv=2, steps=200, rows=8, read=32, length=32, exact=160, exact_seeds=20, evaluations=120, seeds=[0, 1, 2, 3, 4], front=480, heal=100, tokens=4096,
+    cpu=dict(width=48, layers=8, heads=4, kv=2, steps=200, rows=8, read=32, length=32, exact=160, exact_seeds=20, evaluations=120, seeds=[0, 1, 2, 3, 4], front=510, heal=100, tokens=4096,
              speed="base"),
-    smoke=dict(width=16, layers=3, heads=2, kv=1, steps=3, rows=2, read=4, length=8, exact=60, exact_seeds=1, evaluations=60, seeds=[0], front=100, heal=2, tokens=64,
+    smoke=dict(width=64, layers=3, heads=2, kv=1, steps=3, rows=2, read=4, length=8, exact=60, exact_seeds=1, evaluations=60, seeds=[0], front=100, heal=2, tokens=64,
                speed="pico"))
 
 
@@ -190,7 +190,7 @@ def fronts(preset: str, seed: int = 0) -> dict:  # search -> [(share of the dens
     alone = {t: ((t,), (4, 8, 16)) if t == "bits" else ((t,), (32,)) for t in TECHNIQUES}
     for name, (techniques, bits) in dict(joint=(TECHNIQUES, (4, 8, 16)), **alone).items():
         low, high = (lambda x: (x.low, x.high))(GenomeSpace(s.model, techniques, bits))
-        shares = (0.06, 0.08, 0.1, 0.13, 0.16, 0.19, 0.27)
+        shares = (0.06, 0.07, 0.08, 0.1, 0.115, 0.13, 0.145, 0.16, 0.19, 0.27)
         targets = [int(x * dense) for x in shares] if name == "joint" else [int(low + x * (high - low)) for x in (0.05, 0.3, 0.6)]
         front = compress(s.model, s.calibration(seed), targets=targets, techniques=techniques, bits=bits, seed=seed, validation=s.validation, progress=False,
                          evaluations=s.p["front"] if name == "joint" else s.p["front"] // len(alone))
