@@ -41,7 +41,7 @@ def _grid(base: dict, **lists) -> list[dict]:  # one setting after the other, ea
 
 
 _MEZO, _ONE, _ES = dict(method="zo", noise="normal"), dict(method="zo", sides=1, batched=True), dict(method="es", population=32)
-_CMA, _GA, _PSO = (dict(method=m, population=32, **BIAS) for m in ("sepcmaes", "ga", "pso"))
+_CMA, _GA = (dict(method=m, population=32, **BIAS) for m in ("sepcmaes", "ga"))
 CPU = dict(
     workers=2, device="cpu", seconds=None,
     a=dict(tasks=dict(shift=dict(base=dict(size="pico", steps=200, rows=8, length=64))), tuning=[100], seeds=[0, 1, 2, 3, 4], points=60, attempts={
@@ -60,9 +60,7 @@ CPU = dict(
         "one-sided": dict(settings=_grid(dict(_ONE, rank=1, directions=15), lr=[0.007, 0.02])),
         "low-rank ES": dict(settings=_grid(dict(_ES, sigma=0.02, decay=0.9), lr=[0.01, 0.03])),
         "sep-CMA-ES": dict(settings=_grid(_CMA, sigma0=[0.03, 0.1])),
-        "genetic": dict(settings=_grid(_GA, sigma0=[0.03, 0.1])),
-        "particle swarm": dict(settings=_grid(_PSO, sigma0=[0.03, 0.1])),
-        "AdamW, LoRA": dict(settings=_grid(dict(method="adamw", decay=0.9, rows=16, lora=4, select="lora"), lr=[3e-3, 1e-2]))}),
+        "genetic": dict(settings=_grid(_GA, sigma0=[0.03, 0.1]))}),
     c=C_CPU)
 
 
