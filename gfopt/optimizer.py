@@ -17,6 +17,7 @@ from importlib import import_module
 import torch
 from torch import Tensor
 
+from .parameters import finite
 from .space import as_space, empty
 
 # %% ../nbs/1_foundations/02_optimizer.ipynb #f2d47676
@@ -47,13 +48,7 @@ def check_int(name, value, low=None, high=None):
 
 def check_float(name, value, low=None, high=None):
     "`value` as a finite float within [low, high]; the error names argument, value and what is allowed."
-    try:
-        x = float(value)
-    except (TypeError, ValueError):
-        raise TypeError(f"{name}: {value!r}; allowed: a number") from None
-    if not math.isfinite(x):
-        raise ValueError(f"{name}: {value!r}; allowed: a finite number")
-    return _check_range(name, x, low, high)
+    return _check_range(name, finite(name, value), low, high)
 
 
 def check_choice(name, value, allowed):

@@ -21,7 +21,7 @@ from gfopt.experiments.chooser import (
 )
 from gfopt.optimizer import METHODS
 
-RESULTS = chooser.Path(chooser.gfopt.__file__).resolve().parents[1] / "nbs" / "results"
+RESULTS = chooser.RESULTS
 scores = st.lists(st.lists(st.integers(0, 3), min_size=2, max_size=2), min_size=3, max_size=3)  # (methods, seeds), with many ties
 tables = st.dictionaries(st.sampled_from("pqrs"), scores, min_size=1, max_size=4).map(
     lambda t: {task: dict(zip("abc", v, strict=True)) for task, v in t.items()})

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from compressing import VOCAB, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -39,31 +40,10 @@ from gfopt.compress.widths import energy, members, narrowed, refit
 from gfopt.lm.model import Llama, LlamaConfig
 
 transformers = pytest.importorskip("transformers")
-VOCAB = 48
 
 
 def randn(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def make(kind):
-    "A tiny random model with grouped queries; sharp enough to tell genomes apart."
-    if kind == "gfopt":
-        m = Llama(LlamaConfig(VOCAB, 32, 3, 4, 2, 64), seed=0)
-    else:
-        cls = dict(llama="Llama", qwen2="Qwen2", qwen3="Qwen3", mistral="Mistral")[kind.split("-")[0]]
-        more = dict(attention_bias=True, mlp_bias=True) if kind == "llama-bias" else dict(head_dim=16) if kind == "qwen3" else {}
-        config = getattr(transformers, f"{cls}Config")(
-            vocab_size=VOCAB, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
-            max_position_embeddings=64, tie_word_embeddings=kind != "mistral", bos_token_id=None, eos_token_id=None, pad_token_id=None, **more)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            m = getattr(transformers, f"{cls}ForCausalLM")(config)
-    with torch.no_grad():
-        for n, p in m.named_parameters():
-            if p.dim() == 2: p.normal_(0, 2.0 / math.sqrt(p.shape[1]), generator=torch.Generator().manual_seed(len(n)))
-            elif n.endswith("bias"): p.normal_(0, 0.3, generator=torch.Generator().manual_seed(len(n)))
-    return m.eval().requires_grad_(False)
 
 
 KINDS = ("gfopt", "llama", "llama-bias", "qwen2", "qwen3", "mistral")
@@ -71,7 +51,7 @@ IDS = torch.randint(VOCAB, (4, 16), generator=torch.Generator().manual_seed(5))
 
 
 @pytest.fixture(scope="module")
-def models(): return {kind: make(kind) for kind in KINDS}
+def models(): return {kind: tiny_model(kind) for kind in KINDS}
 
 
 @pytest.fixture(scope="module")
@@ -305,7 +285,7 @@ class Table:
     "A divergence that is a formula, so that the truth is known."
     def __init__(self, fn): self.fn, self.ids = fn, torch.zeros(8, 1)
     def __call__(self, genome): return self.fn(genome)
-    def part(self, genome, start, stop): return self.fn(genome) * (stop - start)
+    def by_row(self, genome, start, stop): return torch.full((stop - start,), self.fn(genome), dtype=torch.float64)
 
 
 def known_world(monkeypatch, space, pairs=3.0):
@@ -561,7 +541,7 @@ def test_healing_without_steps_is_the_refit_alone(spaces, models):
 
 def test_latency_of_the_reloaded_model_is_measured_in_turns_for_hugging_face_too(spaces, tmp_path):
     chosen(spaces["qwen2"], everything(spaces["qwen2"])).save(tmp_path)
-    got = measure_latency(dict(a=load_compressed(tmp_path), b=make("qwen2")), IDS[:1, :8], new_tokens=3, repeats=2)
+    got = measure_latency(dict(a=load_compressed(tmp_path), b=tiny_model("qwen2")), IDS[:1, :8], new_tokens=3, repeats=2)
     assert set(got) == {"a", "b"} and all(v > 0 for row in got.values() for v in row.values())
 
 
@@ -575,7 +555,7 @@ def test_a_bias_survives_the_integer_kernel():
         x = randn(1, 512)
         exact = F.linear(x, small.weight, layer.bias)
         assert (small(x) - exact).abs().max() <= 0.02 * exact.abs().max() and torch.equal(small.bias, layer.bias)
-    assert group4(512) == 32 and settle(make("gfopt")).config.n_layers == 3 and len(sub_blocks(make("llama"))) == 6
+    assert group4(512) == 32 and settle(tiny_model("gfopt")).config.n_layers == 3 and len(sub_blocks(tiny_model("llama"))) == 6
 
 
 # the command line -------------------------------------------------------------------------------------------------
@@ -588,7 +568,7 @@ def folder(models, tmp_path_factory):
     tokenizer = Tokenizer(kinds.BPE(vocab={c: i for i, c in enumerate(sorted("abcdefghijklmnopqrstuvwxyz0123456789.,:;()[]\u0120\u010a"))}, merges=[]))
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(at / "dense")
-    make("llama").to(torch.bfloat16).save_pretrained(at / "dense")
+    tiny_model("llama").to(torch.bfloat16).save_pretrained(at / "dense")
     (at / "text").write_text("the quick brown fox (of 1 farm) jumps over the lazy dog.\n" * 40)
     return at
 

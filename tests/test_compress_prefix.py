@@ -3,6 +3,7 @@ import random
 
 import pytest
 import torch
+from compressing import VOCAB, tiny_model
 
 from gfopt.compress.feedback import moments
 from gfopt.compress.front import compress
@@ -16,36 +17,14 @@ from gfopt.compress.search import (
     random_genomes,
     single_scores,
 )
-from gfopt.lm.model import Llama, LlamaConfig
 
-VOCAB = 48
 KINDS = ("gfopt", "llama", "qwen2", "qwen3", "mistral", "qwen2-sliding")
 IDS = torch.randint(VOCAB, (6, 16), generator=torch.Generator().manual_seed(5))
 
 
-def make(kind):
-    "A tiny random model, three layers deep; the Mistral has a head of its own, the sliding Qwen two kinds of masks."
-    if kind == "gfopt": m = Llama(LlamaConfig(VOCAB, 32, 3, 4, 2, 64), seed=0)
-    else:
-        transformers = pytest.importorskip("transformers")
-        cls = dict(llama="Llama", qwen2="Qwen2", qwen3="Qwen3", mistral="Mistral")[kind.split("-")[0]]
-        more = dict(head_dim=16) if kind == "qwen3" else {}
-        if kind == "qwen2-sliding": more = dict(use_sliding_window=True, sliding_window=4, layer_types=["full_attention", "sliding_attention", "full_attention"])
-        config = getattr(transformers, f"{cls}Config")(
-            vocab_size=VOCAB, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
-            max_position_embeddings=64, tie_word_embeddings=kind != "mistral", bos_token_id=None, eos_token_id=None, pad_token_id=None, **more)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            m = getattr(transformers, f"{cls}ForCausalLM")(config)
-    with torch.no_grad():
-        for n, p in m.named_parameters():
-            if p.dim() == 2: p.normal_(0, 2.0 / p.shape[1] ** 0.5, generator=torch.Generator().manual_seed(len(n)))
-    return m.eval().requires_grad_(False)
-
-
 @pytest.fixture(scope="module")
 def spaces():
-    made = {k: make(k) for k in KINDS}
+    made = {k: tiny_model(k) for k in KINDS}
     return {k: (m, GenomeSpace(m, TECHNIQUES, (4, 16), moments=moments(m, IDS))) for k, m in made.items()}
 
 
@@ -150,7 +129,7 @@ def test_a_model_that_cannot_be_entered_gets_plain_passes(spaces):
             self.inner, self.self_attn, self.mlp = inner, inner.self_attn, inner.mlp
             self.input_layernorm, self.post_attention_layernorm = inner.input_layernorm, inner.post_attention_layernorm
         def forward(self, x, *rest): return self.inner(x, *rest) + 0.1 * x
-    m = make("gfopt")
+    m = tiny_model("gfopt")
     for i, layer in enumerate(m.model.layers): m.model.layers[i] = Odd(layer)
     space = GenomeSpace(m)
     ev, g = Evaluator(space, Divergence(m, IDS)), space.flat(4)

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from compressing import VOCAB, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -45,7 +46,6 @@ from gfopt.compress.techniques import (
 from gfopt.lm.model import Llama, LlamaConfig, save_model
 from gfopt.lm.text import ByteTokenizer
 
-VOCAB = 48
 IDS = torch.randint(VOCAB, (4, 16), generator=torch.Generator().manual_seed(5))
 
 
@@ -76,28 +76,11 @@ def kernels_for_small_matrices():
         yield
 
 
-def make(kind):
-    if kind == "gfopt": m = Llama(LlamaConfig(VOCAB, 32, 2, 4, 2, 64), seed=0)
-    else:
-        transformers = pytest.importorskip("transformers")
-        name, more = dict(mistral=("Mistral", dict(tie_word_embeddings=False)), bias=("Llama", dict(attention_bias=True, mlp_bias=True, tie_word_embeddings=True)))[kind]
-        config = getattr(transformers, f"{name}Config")(vocab_size=VOCAB, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-                                                        max_position_embeddings=64, bos_token_id=None, eos_token_id=None, pad_token_id=None, **more)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            m = getattr(transformers, f"{name}ForCausalLM")(config)
-    with torch.no_grad():
-        for n, p in m.named_parameters():
-            if p.dim() == 2: p.normal_(0, 2.0 / math.sqrt(p.shape[1]), generator=torch.Generator().manual_seed(len(n)))
-            elif n.endswith("bias"): p.normal_(0, 0.3, generator=torch.Generator().manual_seed(len(n)))
-    return m.eval().requires_grad_(False)
-
-
-KINDS = ("gfopt", "mistral", "bias")
+KINDS = ("gfopt", "mistral", "llama-bias")
 
 
 @pytest.fixture(scope="module")
-def models(): return {k: make(k) for k in KINDS}
+def models(): return {k: tiny_model(k, layers=2) for k in KINDS}
 
 
 @pytest.fixture(scope="module")

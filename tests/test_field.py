@@ -22,7 +22,7 @@ from gfopt.experiments.field import (
     shown,
 )
 
-ROOT = field.Path(field.gfopt.__file__).resolve().parents[1]
+ROOT = field.RESULTS.parents[1]
 RESULTS = ROOT / "nbs" / "results"
 FAMILIES = {f: lambda folder=None, f=f: field.search_rows(f, folder) for f in LISTED} | {
     "fronts": field.front_rows, "tuning": field.tuning_rows, "training": field.training_rows, "compression": field.compression_rows}

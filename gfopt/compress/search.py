@@ -198,9 +198,7 @@ class Evaluator:
 
     def _run(self, genome, start, stop):
         if self._prefixes: return self.divergence.by_row(None, start, stop, lambda a, b: self._prefixes(genome, a, b)).cpu()
-        model = self.space.library.use(genome)
-        if isinstance(self.divergence, Divergence): return self.divergence.by_row(model, start, stop).cpu()
-        return torch.tensor([self.divergence.part(model, i, i + 1) for i in range(start, stop)], dtype=torch.float64)
+        return self.divergence.by_row(self.space.library.use(genome), start, stop).cpu()
 
     def _count(self, share):
         self.spent = round(self.spent + share, 9)

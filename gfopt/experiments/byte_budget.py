@@ -11,7 +11,6 @@ import tempfile
 import time
 from pathlib import Path
 
-
 from ..compress.feedback import moments
 from ..compress.front import compress
 from ..compress.genome import GenomeSpace
@@ -55,14 +54,11 @@ def texts(preset: str, tokenizer) -> tuple:  # long tokens for healing; windows 
     return pack(code.train[:150], tokenizer), cut(code.train[150:], p["read"]), cut(code.valid, p["check"]), cut(code.test, p["test"])
 
 # %% ../../nbs/6_experiments/21_byte_budget.ipynb #b0d6e007
-def weigh(folders: list, test: dict, tokenizer, speed: bool = True) -> dict:  # name -> file_bytes, bits_per_byte, prefill_ms, decode_ms, matrices_ms
+def weigh(folders: list, test: dict, tokenizer) -> dict:  # name -> file_bytes, bits_per_byte, prefill_ms, decode_ms, matrices_ms
     "What was saved, loaded again: size, quality, and CPU time of one thread."
     models = {f.name: open_model(f) for f in folders}
-    told = {f.name: dict(file_bytes=file_bytes(f), bits_per_byte=bits_per_byte(models[f.name], test, tokenizer)) for f in folders}
-    if speed:
-        took, alone = measure_latency(models, test["input_ids"][:1, :64], 32, 9, time.process_time), matrices_ms(models)
-        told = {n: told[n] | took[n] | dict(matrices_ms=alone[n]) for n in told}
-    return told
+    took, alone = measure_latency(models, test["input_ids"][:1, :64], 32, 9, time.process_time), matrices_ms(models)
+    return {f.name: dict(file_bytes=file_bytes(f), bits_per_byte=bits_per_byte(models[f.name], test, tokenizer), **took[f.name], matrices_ms=alone[f.name]) for f in folders}
 
 
 def track(preset: str, name: str) -> dict:  # way to fill the file -> what `weigh` says

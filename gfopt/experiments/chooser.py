@@ -18,9 +18,9 @@ from pathlib import Path
 import numpy as np
 from scipy.stats import rankdata
 
-import gfopt
 from .bayes_peers import LANDSCAPES
 from .forward_training import final, forward_rows
+from .provenance import RESULTS
 from ..optimizer import check_choice, check_int
 from ..search.auto import choose as auto_rule
 
@@ -224,7 +224,7 @@ def situations(
     folder=None,  # of the results; None: this repository's
 ) -> list[Situation]:
     "Every situation that the records in a folder know; a file that is not there knows none."
-    folder = Path(folder) if folder else Path(gfopt.__file__).resolve().parents[1] / "nbs" / "results"
+    folder = Path(folder or RESULTS)
     if not folder.is_dir():
         raise FileNotFoundError(f"folder: {str(folder)!r}; allowed: a folder of recorded results; they lie in the repository, not in the installed package")
     files = [(read, folder / f"{name}.json") for name, read in READERS.items()]

@@ -70,9 +70,9 @@ class Lookup:
         if genome not in self.table: self.table[genome] = _by_row(self._divergence, self._use(genome))
         return self.table[genome]
 
-    def __call__(self, genome): return self.part(genome, 0, len(self.ids)) / self.ids.numel()
+    def __call__(self, genome): return sum(self.rows(genome)) / self.ids.numel()
 
-    def part(self, genome, start, stop): return sum(self.rows(genome)[start:stop])
+    def by_row(self, genome, start, stop): return torch.tensor(self.rows(genome)[start:stop], dtype=torch.float64)
 
 
 class Found(Exception):

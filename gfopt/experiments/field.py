@@ -13,10 +13,10 @@ from pathlib import Path
 
 import numpy as np
 
-import gfopt
 from .claims import factor, regrets, resampled, verdict
 from .coco import areas
 from .forward_training import final
+from .provenance import RESULTS
 from ..optimizer import check_choice
 
 # %% ../../nbs/6_experiments/23_field.ipynb #45b3135f
@@ -67,7 +67,7 @@ def read(
 ) -> dict:  # empty where there is none
     "A results file."
     check_choice("name", name, list(COMMANDS))
-    path = Path(folder or Path(gfopt.__file__).resolve().parents[1] / "nbs" / "results") / f"{name}.json"
+    path = Path(folder or RESULTS) / f"{name}.json"
     return json.loads(path.read_text()) if path.exists() else {}
 
 # %% ../../nbs/6_experiments/23_field.ipynb #43d74d2e

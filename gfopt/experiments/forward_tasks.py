@@ -24,7 +24,7 @@ from ..lm.evolution import LowRankES
 from ..lm.model import Llama, LlamaConfig, bits_per_byte, row_losses
 from ..lm.pretrain import base_model
 from ..lm.rewards import validity, write_samples
-from ..lm.subspace import add_logit_bias, add_lora, subspace
+from ..lm.subspace import add_logit_bias, subspace
 from ..lm.text import ByteTokenizer, load_corpus, pack, sample_batch, windows
 from ..lm.zeroth_order import ZerothOrder
 from ..optimizer import generator, make_optimizer
@@ -123,14 +123,12 @@ def stepper(
     rows: int = 8,  # $B$, rows of one forward pass
     select: str | None = None,  # regular expression on the names of the weights that may move
     bias: bool = False,  # with a logit bias, zero at first
-    lora: int | None = None,  # rank of adapters that are put in first
     decay: float = 0.0,  # share of the learning rate that is gone at the end
     **settings,
 ):  # step(share of the budget used), tokens it costs
     "One step of a method on a task, and its price in tokens passed forward."
     model, g = task.model, generator(seed, "rows", device=next(task.model.parameters()).device)
     if bias: add_logit_bias(model, model.config.vocab_size)
-    if lora: add_lora(model, rank=lora, seed=seed)
     named = [(n, p) for n, p in model.named_parameters() if not select or re.search(select, n)]
     price = rows * task.tokens
     if method in _STEPS:

@@ -41,7 +41,7 @@ def _grid(base: dict, **lists) -> list[dict]:  # one setting after the other, ea
 
 
 _MEZO, _ONE, _ES = dict(method="zo", noise="normal"), dict(method="zo", sides=1, batched=True), dict(method="es", population=32)
-_CMA, _GA = (dict(method=m, population=32, **BIAS) for m in ("sepcmaes", "ga"))
+_CMA, _GA = dict(method="sepcmaes", population=32, **BIAS), dict(method="ga", population=32, **BIAS)
 CPU = dict(
     workers=2, device="cpu", seconds=None,
     a=dict(tasks=dict(shift=dict(base=dict(size="pico", steps=200, rows=8, length=64))), tuning=[100], seeds=[0, 1, 2, 3, 4], points=60, attempts={

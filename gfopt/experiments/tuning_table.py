@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from tqdm import tqdm
-from .provenance import provenance
+from .provenance import RESULTS, provenance
 from .tuning import Work, prepare, _Bytes
 from ..lm.model import Llama, bits_per_byte, config, row_losses
 from ..lm.pretrain import Muon
@@ -231,7 +231,7 @@ class TuningTable:
 
 def load_table(path=None) -> TuningTable:  # path: of a table of your own
     "The recorded table of this repository; it is not part of the installed package."
-    path = Path(path or Path(__file__).resolve().parents[2] / "nbs/results/tuning_table_cpu.json.gz")
+    path = Path(path or RESULTS / "tuning_table_cpu.json.gz")
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such table; it lies in the repository and not in the installed package: clone it, "
                                 "or record one with python -m gfopt.experiments.tuning_table --out FILE.json.gz")
