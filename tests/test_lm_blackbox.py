@@ -35,7 +35,7 @@ def serve():
             def log_message(self, *args): pass
 
         server = ThreadingHTTPServer(("127.0.0.1", 0), Slot)
-        server.daemon_threads = True
+        server.daemon_threads = False  # closing waits for the answers that are still under way: no socket outlives its test
         threading.Thread(target=server.serve_forever, daemon=True).start()
         servers.append(server)
         return f"http://127.0.0.1:{server.server_port}/", seen

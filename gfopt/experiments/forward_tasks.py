@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TASKS', 'Task', 'start_model', 'shift_task', 'verbaliser_task', 'reward_task', 'scratch_task', 'stepper', 'train',
-           'pace', 'signal']
+           'footprint', 'pace', 'signal']
 
 # %% ../../nbs/6_experiments/11_forward_tasks.ipynb #14f2d1dd
 import math
@@ -12,19 +12,20 @@ import re
 import statistics
 import time
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .forward_cost import peak_memory
 from .small_lm import PROMPTS
 from ..lm.evolution import LowRankES
 from ..lm.model import Llama, LlamaConfig, bits_per_byte, row_losses
 from ..lm.pretrain import base_model
 from ..lm.rewards import validity, write_samples
-from ..lm.subspace import add_logit_bias, subspace
+from ..lm.subspace import add_logit_bias, add_lora, subspace
 from ..lm.text import ByteTokenizer, load_corpus, pack, sample_batch, windows
 from ..lm.zeroth_order import ZerothOrder
 from ..optimizer import generator, make_optimizer
@@ -38,6 +39,7 @@ class Task:
     losses: Any  # batch -> losses of its rows: what a method may ask
     judge: Any  # () -> what counts in the end, lower is better, on text that training never saw
     tokens: float  # per row of a batch, prompt and sampled tokens included
+    known: Any = None  # () -> bits per byte of unseen text of the kind the base has learnt from
     smooth: Any = None  # what AdamW minimises instead, as (draw, losses, tokens); None: `losses` itself
 
 
@@ -54,13 +56,19 @@ def start_model(
     "Where every adaptation begins."
     return base_model(_text(device)[0], seconds=None, device=device, tokenizer="bytes", progress=False, **base)[0]
 
+
+def _known(model, device, judged=48):
+    _, tok, text = _text(device)
+    held_out = windows(text["code", "valid"], 64, judged)
+    return lambda: bits_per_byte(model, held_out, tok, judged)
+
 # %% ../../nbs/6_experiments/11_forward_tasks.ipynb #6b63d3c0
 def shift_task(base: dict, device: str = "cpu", length: int = 64, judged: int = 48) -> Task:
     "From source code to the prose of docstrings: bits per byte."
     _, tok, text = _text(device)
     model, held_out = start_model(base, device), windows(text["prose", "valid"], length, judged)
     return Task(model, lambda rows, g: sample_batch(text["prose", "train"], rows, length, g),
-                lambda b: row_losses(model(b["input_ids"]), b["labels"]), lambda: bits_per_byte(model, held_out, tok, judged), length)
+                lambda b: row_losses(model(b["input_ids"]), b["labels"]), lambda: bits_per_byte(model, held_out, tok, judged), length, _known(model, device))
 
 
 def verbaliser_task(base: dict, device: str = "cpu", length: int = 32, judged: int = 512) -> Task:
@@ -79,7 +87,7 @@ def verbaliser_task(base: dict, device: str = "cpu", length: int = 32, judged: i
 
     held_out = draw(judged, generator(7, "judge", device=device), "valid")
     judge = lambda: float(torch.no_grad()(losses)(held_out).mean())  # noqa: E731
-    return Task(model, draw, losses, judge, length + 1)
+    return Task(model, draw, losses, judge, length + 1, _known(model, device))
 
 # %% ../../nbs/6_experiments/11_forward_tasks.ipynb #1e85d06d
 def reward_task(base: dict, device: str = "cpu", tokens: int = 48, judged: int = 24, temperature: float = 0.7) -> Task:
@@ -101,7 +109,7 @@ def reward_task(base: dict, device: str = "cpu", tokens: int = 48, judged: int =
         return float(torch.cat([losses(b) for b in fresh]).mean())
 
     smooth = (lambda rows, g: sample_batch(text["code", "train"], rows, 64, g), lambda b: row_losses(model(b["input_ids"]), b["labels"]), 64)
-    return Task(model, draw, losses, judge, tokens + statistics.mean(map(len, ids[:-4])), smooth)
+    return Task(model, draw, losses, judge, tokens + statistics.mean(map(len, ids[:-4])), _known(model, device), smooth)
 
 
 def scratch_task(shape: dict, device: str = "cpu", length: int = 64, judged: int = 48) -> Task:
@@ -123,12 +131,14 @@ def stepper(
     rows: int = 8,  # $B$, rows of one forward pass
     select: str | None = None,  # regular expression on the names of the weights that may move
     bias: bool = False,  # with a logit bias, zero at first
+    lora: int = 0,  # rank of adapters behind all linear layers; 0: none
     decay: float = 0.0,  # share of the learning rate that is gone at the end
     **settings,
 ):  # step(share of the budget used), tokens it costs
     "One step of a method on a task, and its price in tokens passed forward."
     model, g = task.model, generator(seed, "rows", device=next(task.model.parameters()).device)
     if bias: add_logit_bias(model, model.config.vocab_size)
+    if lora: add_lora(model, rank=lora, seed=seed)
     named = [(n, p) for n, p in model.named_parameters() if not select or re.search(select, n)]
     price = rows * task.tokens
     if method in _STEPS:
@@ -148,7 +158,7 @@ def stepper(
         search.tell(z, problem.losses(lambda: task.losses(problem.expand(batch)), z))
         problem.load(search.recommend())
 
-    return generation, price * search.population
+    return generation, price * getattr(search, "population", 1)
 
 
 def _zo(task, named, seed, rows, g, settings):
@@ -175,7 +185,9 @@ def _es(task, named, seed, rows, g, settings):
 
 def _adamw(task, named, seed, rows, g, settings):
     draw, losses, _ = task.smooth or (task.draw, task.losses, None)
-    opt = torch.optim.AdamW([p for _, p in named], **settings)
+    moving = [p for _, p in named]
+    for p in task.model.requires_grad_(False).parameters(): p.requires_grad_(any(p is m for m in moving))  # no gradient is kept of what stays
+    opt = torch.optim.AdamW(moving, **settings)
 
     def once():
         opt.zero_grad()
@@ -197,12 +209,13 @@ def train(
     seconds: float | None = None,  # or processor time, the judging left out
     points: int = 20,
     device: str = "cpu",
-) -> dict:  # curve: (tokens, seconds, what `judge` said); steps
+) -> dict:  # curve: (tokens, seconds, what `judge` said); known: what `known` said before and after; steps
     "One run of one method."
     t = TASKS[task](**where, device=device)
     clock = _clock(device)
     step, price = stepper(t, seed, **settings)
     spent, used, steps, curve = 0.0, 0.0, 0, [(0, 0.0, t.judge())]
+    known = [t.known()] if t.known else []
     done = 0.0
     while done < 1 and math.isfinite(curve[-1][2]) and curve[-1][2] < 2 * curve[0][2] + 1:
         begun = clock()
@@ -210,7 +223,18 @@ def train(
         spent, used, steps = spent + price, used + clock() - begun, steps + 1
         done = max(spent / budget if budget else 0.0, used / seconds if seconds else 0.0)
         if done >= len(curve) / points or done >= 1: curve.append((round(spent), round(used, 3), round(t.judge(), 5)))
-    return dict(task=task, settings=settings, seed=seed, price=price, steps=steps, curve=curve)
+    known += [t.known()] if t.known else []
+    return dict(task=task, settings=settings, seed=seed, price=price, steps=steps, curve=curve, known=known)
+
+
+def footprint(
+    task: str, where: dict, settings: dict,
+    device: str = "cpu",
+) -> dict:  # bytes: of the weights; the most a step needs, weights included; what stays from step to step
+    "The memory of a method on a task, counted as in the notebook on the [cost](10_forward_cost.ipynb) of a step."
+    t = TASKS[task](**where, device=device)
+    there = list(t.model.parameters())
+    return dict(weights=sum(p.nbytes for p in there), **peak_memory(lambda: partial(stepper(t, 0, **settings)[0], 0.0), there, device))
 
 
 def _clock(device):

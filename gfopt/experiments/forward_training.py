@@ -16,7 +16,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from .forward_tasks import signal, train
+from .forward_tasks import footprint, signal, train
 from .peers import in_process
 from .provenance import provenance
 from ..lm.text import write_atomic
@@ -41,7 +41,9 @@ def _grid(base: dict, **lists) -> list[dict]:  # one setting after the other, ea
 
 
 _MEZO, _ONE, _ES = dict(method="zo", noise="normal"), dict(method="zo", sides=1, batched=True), dict(method="es", population=32)
-_CMA, _GA = dict(method="sepcmaes", population=32, **BIAS), dict(method="ga", population=32, **BIAS)
+_CMA, _GA, _PSO = (dict(method=m, population=32, **BIAS) for m in ("sepcmaes", "ga", "pso"))
+_CHANCE = dict(method="random", **BIAS)  # one point a step, and the best so far is kept
+_LORA = dict(method="adamw", lora=4, select="lora_", decay=0.9)
 CPU = dict(
     workers=2, device="cpu", seconds=None,
     a=dict(tasks=dict(shift=dict(base=dict(size="pico", steps=200, rows=8, length=64))), tuning=[100], seeds=[0, 1, 2, 3, 4], points=60, attempts={
@@ -54,13 +56,16 @@ CPU = dict(
         "low-rank ES": dict(budget=1500 * 512, settings=_grid(_ES, sigma=6 * [0.01], lr=[0.005, 0.01, 0.015, 0.005, 0.01, 0.015], decay=[0, 0, 0, 0.9, 0.9, 0.9])),
         "AdamW": dict(budget=1500 * 512, settings=_grid(dict(method="adamw", decay=0.9), lr=[2e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3]))}),
     b=dict(tasks={k: dict(base=dict(size="pico", steps=1000, rows=8, length=64)) for k in ("verbaliser", "reward", "shift")},
-           tuning=[100], seeds=[0, 1, 2], points=10, budget=dict(verbaliser=1e6, reward=1.2e5, shift=2e5), methods={
+           tuning=[100], seeds=[0, 1, 2], points=10, budget=dict(verbaliser=1e6, reward=1.2e5, shift=2e5), footprints=["verbaliser", "shift"], methods={
         "AdamW": dict(settings=_grid(dict(method="adamw", decay=0.9, rows=16), lr=[1e-3, 3e-3])),
+        "AdamW on LoRA": dict(settings=_grid(dict(_LORA, rows=16), lr=[5e-3, 2e-2])),
         "MeZO": dict(settings=_grid(_MEZO, lr=[3e-4, 1e-3])),
         "one-sided": dict(settings=_grid(dict(_ONE, rank=1, directions=15), lr=[0.007, 0.02])),
         "low-rank ES": dict(settings=_grid(dict(_ES, sigma=0.02, decay=0.9), lr=[0.01, 0.03])),
         "sep-CMA-ES": dict(settings=_grid(_CMA, sigma0=[0.03, 0.1])),
-        "genetic": dict(settings=_grid(_GA, sigma0=[0.03, 0.1]))}),
+        "genetic": dict(settings=_grid(_GA, sigma0=[0.03, 0.1])),
+        "particle swarm": dict(settings=_grid(_PSO, sigma0=[0.03, 0.1])),
+        "random search": dict(settings=_grid(_CHANCE, sigma0=[0.03, 0.1]))}),
     c=C_CPU)
 
 
@@ -86,7 +91,8 @@ GPU = CPU | dict(
     b=dict(CPU["b"], tasks=dict.fromkeys(CPU["b"]["tasks"], _SMALL), budget=dict(verbaliser=3e7, reward=1e7, shift=3e7), methods={
         "AdamW": dict(settings=_grid(dict(method="adamw", decay=0.9, rows=64), lr=[5e-4, 2e-3])),
         "low-rank ES": dict(settings=_grid(dict(_MANY, sigma=0.01, decay=0.9), lr=[0.02, 0.06])),
-        "sep-CMA-ES": dict(settings=_grid(dict(_CMA, population=256), sigma0=[0.03, 0.1]))}),
+        **{name: dict(settings=_grid(dict(base, population=256), sigma0=[0.03, 0.1])) for name, base in (("sep-CMA-ES", _CMA), ("genetic", _GA), ("particle swarm", _PSO))},
+        "AdamW on LoRA": dict(settings=_grid(dict(_LORA, rows=64), lr=[2e-3, 8e-3]))}),
     c={"ES": (_DEEP, dict(_WALK, population=8192, chunk=4096, sigma=0.03, lr=0.1), 150), "AdamW": (_DEEP, dict(method="adamw", lr=3e-3, decay=0.9, rows=64), 30)})
 PRESETS = dict(cpu=CPU, gpu=GPU, smoke=_smoke())
 
@@ -145,6 +151,7 @@ def plan(
             jobs |= {f"a/{task}/attempt {name}, seed {s}": ("train", [task, where, settings, s, budget, None, p["points"], device]) for s in p["seeds"]}
         for method, m in p["methods"].items():
             budget = m.get("budget") or p["budget"][task]
+            if task in p.get("footprints", []): jobs[f"b/{task}/{method}/footprint"] = "footprint", [task, where, m["settings"][0], device]
             run = lambda k, s: ("train", [task, where, m["settings"][k], s, budget, None, p["points"], device])  # noqa: B023, E731
             for k in range(len(m["settings"])):
                 for s in p["tuning"]: jobs[f"{part}/{task}/{method}/setting {k}, seed {s}"] = run(k, s)
@@ -197,7 +204,7 @@ def measure(
 
 
 def _here(function, args):  # on a GPU: its memory and kernels are warm
-    try: return json.loads(json.dumps(dict(train=train, signal=signal)[function](*args)))
+    try: return json.loads(json.dumps(dict(train=train, signal=signal, footprint=footprint)[function](*args)))
     except Exception as e: return dict(error=f"{type(e).__name__}: {e}"[:300])
 
 
@@ -256,7 +263,7 @@ def attempt_rows(
 
 def _forwards(settings):  # of one step
     if settings["method"] == "zo": return settings.get("directions", 1) + 1 if settings.get("sides") == 1 else 2 * settings.get("directions", 1)
-    return 3 if settings["method"] == "adamw" else settings["population"]
+    return 3 if settings["method"] == "adamw" else settings.get("population", 1)
 
 
 def gap_rows(
