@@ -185,7 +185,9 @@ def test_a_version_is_the_one_that_was_measured(tables, folder):
 
 
 def test_what_is_not_recorded_is_called_that(tables, folder, tmp_path):
-    (lora,) = [r for r in tables["training"] if "LoRA" in r["peer"]]
+    assert sum("LoRA" in r["peer"] for r in tables["training"]) == len(read("forward_training_cpu")["settings"]["b"]["tasks"])
+    without = folder("forward_training_cpu", lambda d: d["settings"]["b"]["methods"].pop(field.LORA))
+    (lora,) = [r for r in FAMILIES["training"](without) if "LoRA" in r["peer"]]
     assert shown([lora])[0]["its loss over ours"] == "not measured yet"
     at = folder("peers_quality_cpu", lambda d: d["rows"].pop("pymoo GA"))
     assert row_of(field.search_rows("populations", at), "pymoo", "GA")["quality"] == "not measured yet: no row 'pymoo GA'"

@@ -96,3 +96,31 @@ def test_pace_is_the_best_of_the_two_terms_and_needs_no_dimension():
         eta = torch.linspace(0, 1, 100001, dtype=torch.float64)
         best = float((eta * g2 - eta**2 / 2 * trace * (g2 + trace / n)).max())
         assert best == pytest.approx(ft.pace(g2 / trace, n), rel=1e-3)
+
+
+def test_adapters_move_and_the_base_does_not():
+    task = ft.shift_task(**BASE)
+    before = {n: p.detach().clone() for n, p in task.model.named_parameters()}
+    step, price = ft.stepper(task, 0, method="adamw", lora=2, select="lora_", lr=1e-2, rows=2)
+    step(0.0), step(0.5)
+    after = dict(task.model.named_parameters())
+    assert price == 3 * 2 * 64 and set(after) - set(before) and all("lora_" in n for n in set(after) - set(before))
+    assert all(torch.equal(after[n], p) and after[n].grad is None for n, p in before.items())
+    assert all(p.abs().max() > 0 for n, p in after.items() if n.endswith("lora_B"))
+
+
+def test_what_the_base_knew_is_asked_before_and_after():
+    r = ft.train("shift", BASE, dict(method="adamw", lr=1e-2, rows=8), seed=0, budget=60000, points=2)
+    before, after = r["known"]
+    assert before == pytest.approx(ft.shift_task(**BASE).known()) and after != before
+    still = ft.train("shift", BASE, dict(method="adamw", lr=1e-12, rows=2), seed=0, budget=400, points=1)
+    assert still["known"][1] == pytest.approx(before, rel=1e-6)
+    assert ft.train("scratch", TINY, dict(method="adamw", lr=1e-3, rows=2), seed=0, budget=96, points=1)["known"] == []
+
+
+def test_a_footprint_tells_gradients_of_all_from_gradients_of_adapters():
+    foot = {k: ft.footprint("shift", BASE, dict(method="adamw", lr=1e-3, rows=2, **more)) for k, more in dict(all={}, lora=dict(lora=2, select="lora_")).items()}
+    assert foot["all"]["weights"] == foot["lora"]["weights"] < foot["lora"]["peak"] < foot["all"]["peak"]
+    assert foot["all"]["kept"] >= 2 * foot["all"]["weights"] > foot["lora"]["kept"]  # two moments of everything
+    forward = ft.footprint("shift", BASE, dict(method="zo", lr=1e-4, rows=2))
+    assert forward["peak"] < foot["all"]["peak"]

@@ -123,6 +123,15 @@ def test_tables_leave_out_what_is_missing():
     assert only == dict(run="AdamW", tokens=2.0, seconds=2.0, end=4.0, unigram=1.0, bigram=None)
 
 
+def test_costs_are_what_each_seed_forgot_and_the_peak_of_a_step():
+    runs = {f"b/shift/AdamW/seed {s}": dict(row(3, 2), known=[2.0, 2.0 + s]) for s in ft.CPU["b"]["seeds"]}
+    result = dict(settings=ft.CPU, rows=runs)
+    assert ft.cost_rows(result) == [dict(task="shift", method="AdamW", peak=None, lost=[0.0, 1.0, 2.0])]
+    runs["b/shift/AdamW/footprint"] = dict(weights=1, peak=7, kept=2)
+    assert ft.cost_rows(result)[0]["peak"] == 7
+    assert [n for n in ft.plan(ft.CPU, "b", {}) if "reward" in n and "footprint" in n] == []  # sampling under the ledger takes minutes
+
+
 def test_no_library_beyond_torch_numpy_and_scipy_is_asked_for():
     code = "import sys, gfopt.experiments.forward_training; print([m for m in ('skopt', 'tokenizers', 'transformers', 'pandas', 'sklearn', 'matplotlib') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"

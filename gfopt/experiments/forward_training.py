@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['C_CPU', 'BIAS', 'CPU', 'GPU', 'PRESETS', 'final', 'reached', 'best_setting', 'target_of', 'plan', 'measure', 'main',
-           'forward_rows', 'attempt_rows', 'gap_rows', 'share', 'scratch_rows']
+           'forward_rows', 'attempt_rows', 'gap_rows', 'cost_rows', 'share', 'scratch_rows']
 
 # %% ../../nbs/6_experiments/12_forward_training.ipynb #72b3ce88
 import json
@@ -279,6 +279,20 @@ def gap_rows(
             ends = [[final(r) for r in pair] for pair in pairs]
             shares = [share(start, mine, theirs) for mine, theirs in ends]
             out.append(dict(task=task, method=method, start=start, ends=[e[0] for e in ends], shares=shares, median=statistics.median(shares)))
+    return out
+
+
+def cost_rows(
+    result: dict,
+) -> list[dict]:  # task, method, peak in bytes (None: not counted) and bits per byte of source code that each seed forgot
+    "Part b: the most memory a step needs, and what it cost the base in what it knew."
+    p, rows, out = result["settings"]["b"], result["rows"], []
+    for task in p["tasks"]:
+        for method in p["methods"]:
+            runs = [rows.get(f"b/{task}/{method}/seed {s}") for s in p["seeds"]]
+            if not all(r and "curve" in r for r in runs): continue
+            lost = [r["known"][1] - r["known"][0] for r in runs]
+            out.append(dict(task=task, method=method, peak=rows.get(f"b/{task}/{method}/footprint", {}).get("peak"), lost=lost))
     return out
 
 
