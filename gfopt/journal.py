@@ -146,7 +146,9 @@ class Journal:
         for k in self._header | lines[0] if lines else ():  # in the order of the header
             theirs, ours = lines[0].get(k), self._header.get(k)
             if theirs != ours or (k == "space" and json.dumps(theirs) != json.dumps(ours)):  # coordinates have an order
-                raise ValueError(f"{self.path}: its {k} is {lines[0].get(k)!r}, asked for is {self._header.get(k)!r}; "
+                if isinstance(theirs, dict) and isinstance(ours, dict) and theirs != ours:  # only what differs
+                    theirs, ours = ({n: v for n, v in a.items() if n not in b or b[n] != v} for a, b in ((theirs, ours), (ours, theirs)))
+                raise ValueError(f"{self.path}: its {k} is {theirs!r}, asked for is {ours!r}; "
                                  "allowed: the same search, or another journal")
         return lines[1:]
 

@@ -44,7 +44,7 @@ def folder(tmp_path, monkeypatch):
 
 BAD = {"broken.jsonl": '{"text": "a"}\n{"text": \n', "list.jsonl": "[1, 2]\n", "keys.jsonl": '{"question": "a"}\n', "number.jsonl": '{"text": 7}\n', "void.jsonl": "", "mixed.jsonl": '{"text": "a"}\n{"input_ids": [1, 2]}\n',
        "long.jsonl": json.dumps(dict(prompt="a" * 200, completion="b")) + "\n", "ids.jsonl": '{"input_ids": "abc"}\n', "latin.jsonl": b'{"text": "\xe9"}\n',
-       "study.jsonl": '{"gfopt":1,"space":{}}\n', "noise.jsonl": '{"gfopt":1,"kind":"finetune","noise":99}\n', "text.jsonl": "Dear diary\n", "file": "x"}
+       "study.jsonl": '{"gfopt":1,"space":{}}\n', "noise.jsonl": '{"gfopt":1,"kind":"finetune","noise":99}\n', "text.jsonl": "Dear diary\n", "file": "x", "blank.jsonl": '{"text": ""}\n', "blank.txt": " \n"}
 RUN = "finetune --model base --data rows.jsonl --steps 3 --set population=4 batch_size=2 --quiet --out "
 
 
@@ -119,17 +119,18 @@ def replaced(line, **words):
 
 
 FINETUNE = [  # what is changed, the exit code, what the complaint must say
-    (dict(data="missing.jsonl"), "", 1, "--data missing.jsonl: no such file"), (dict(data="empty"), "", 1, "--data empty: no such file"), (dict(), "--evaluate missing.jsonl", 1, "--evaluate missing.jsonl"), (dict(), "--remember missing.jsonl", 1, "--remember missing.jsonl"),
-    (dict(data="broken.jsonl"), "", 1, "broken.jsonl, line 2"), (dict(data="list.jsonl"), "", 1, "list.jsonl, line 1"), (dict(data="keys.jsonl"), "", 1, "prompt is None; allowed: a string"),
+    (dict(data="missing.jsonl"), "", 1, "--data missing.jsonl: no such file"), (dict(data="empty"), "", 1, "--data empty: a folder; allowed: a file"), (dict(), "--evaluate missing.jsonl", 1, "--evaluate missing.jsonl"), (dict(), "--evaluate rows.jsonl --remember missing.jsonl", 1, "--remember missing.jsonl"),
+    (dict(data="broken.jsonl"), "", 1, "broken.jsonl, line 2"), (dict(data="list.jsonl"), "", 1, "list.jsonl, line 1"), (dict(data="keys.jsonl"), "", 1, "dict with question; allowed: an object with text"),
     (dict(data="number.jsonl"), "", 1, "text is 7; allowed: a string"), (dict(data="void.jsonl"), "", 1, "void.jsonl: no rows"), (dict(data="mixed.jsonl"), "", 1, "row 2 has input_ids"),
-    (dict(data="long.jsonl"), "", 1, "allowed: length=128"), (dict(data="ids.jsonl"), "", 1, "input_ids is 'abc'"), (dict(data="latin.jsonl"), "", 1, "utf-8"), (dict(data="text.jsonl"), "", 1, "line 1: 'Dear diary'"),
+    (dict(data="long.jsonl"), "", 1, "allowed: length=128"), (dict(data="ids.jsonl"), "", 1, "input_ids is 'abc'"), (dict(data="latin.jsonl"), "", 1, "latin.jsonl: byte 10 is not UTF-8; allowed"), (dict(data="text.jsonl"), "", 1, "line 1: 'Dear diary'"),
     (dict(model="missing"), "", 1, "--model missing: no folder with a config.json; allowed"), (dict(model="empty"), "", 1, "--model empty: no folder with a config.json"), (dict(model="wordless"), "", 1, "no tokenizer.json"),
     (dict(), "--objective accuracies", 1, "objective: 'accuracies'; allowed"), (dict(), "--objective no_such_module:f", 1, "cannot be found"), (dict(), "--objective mine_of_this_test:absent", 1, "cannot be found"),
     (dict(), "--objective mine_of_this_test:number", 1, "is int; allowed: a function"), (dict(), "--objective mine_of_this_test:backward", 1, "backward"), (dict(), "--objective mine_of_this_test:nan", 1, "step 0: none of the 4 losses is finite"),
     (dict(), "--objective mine_of_this_test:nothing", 1, "objective: it returned NoneType"), (dict(), "--objective mine_of_this_test:few", 1, "allowed: (4,) for members"), (dict(), "--objective mine_of_this_test:raises", 1, "my own mistake"),
     (dict(), "--method adamw", 1, "method: 'adamw'; allowed: 'lowrank_es'"), (dict(set="momentum=1"), "", 1, "momentum: no setting of 'lowrank_es'; allowed"), (dict(set="lr"), "", 1, "--set lr: allowed: name=value"),
     (dict(set="lr=-1"), "", 1, "lr: -1"), (dict(set="population=5"), "", 1, "population: 5"), (dict(set="sigma=much"), "", 1, "sigma: 'much'"), (dict(set="journal=x"), "", 1, "--set journal: allowed"),
-    (dict(steps="-3"), "", 1, "steps: -3"), (dict(steps="many"), "", 2, "invalid int value: 'many'"), (dict(), "--every 0", 1, "every: 0"), (dict(), "--patience 2", 1, "patience: needs evaluate="), (dict(), "--loud", 2, "unrecognized arguments: --loud"),
+    (dict(steps="-3"), "", 1, "steps: -3"), (dict(steps="many"), "", 2, "invalid int value: 'many'"), (dict(), "--every 0", 1, "every: 0"), (dict(), "--patience 2", 1, "--patience: needs --evaluate FILE"), (dict(), "--loud", 2, "gfopt finetune: error: unrecognized arguments: --loud"), (dict(), "--evaluat rows.jsonl", 2, "unrecognized arguments: --evaluat"),
+    (dict(), "--best", 1, "--best: needs --evaluate FILE"), (dict(), "--remember rows.jsonl", 1, "--remember: needs --evaluate FILE"), (dict(data="blank.jsonl"), "", 1, "a text without tokens"), (dict(data="blank.txt"), "", 1, "blank.txt: no rows"),
 ]
 REPLAY = [
     ("replay other tuned/finetune.jsonl --out x", 1, "its weights are not those tuned/finetune.jsonl began with"), ("replay base missing.jsonl --out x", 1, "journal: missing.jsonl does not exist"),

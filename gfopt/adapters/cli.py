@@ -48,15 +48,16 @@ def _model(where):  # model, tokenizer
     from pathlib import Path
 
     from gfopt.lm.model import SIZES, load_model
-    from gfopt.lm.text import ByteTokenizer, load_corpus, load_tokenizer
+    from gfopt.lm.text import ByteTokenizer, cache_dir, load_corpus, load_tokenizer
 
     if where in SIZES and not os.path.exists(where):
         from gfopt.lm.pretrain import base_model
 
+        print(f"gfopt: {where} is trained once, by gradients, on Python's library (pico a minute, nano a few), and read from {cache_dir()} ever after", file=sys.stderr)
         return base_model(load_corpus(), where, None, steps=300, tokenizer="bytes")[:2]
     path = Path(where)
     if not (path / "config.json").is_file():
-        raise FileNotFoundError(f"--model {where}: no folder with a config.json; allowed: one that holds a model, or {', '.join(SIZES)}")
+        raise FileNotFoundError(f"--model {where}: no folder with a config.json; allowed: one that holds a model, such as `hf download NAME --local-dir DIR` makes, or {', '.join(SIZES)}")
     if "gfopt" not in json.loads((path / "config.json").read_text()):
         return _hugging_face(path)
     model, tok = load_model(path), path / "tokenizer.json"
@@ -66,11 +67,15 @@ def _model(where):  # model, tokenizer
 
 
 def _hugging_face(path):
+    from gfopt.lm.text import load_tokenizer
+
     try:
         from transformers import AutoModelForCausalLM, AutoTokenizer
     except ImportError as e:
         raise ImportError("Hugging Face's models need transformers: pip install 'gfopt[hf]'") from e
-    return AutoModelForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path)
+    tok = path / "tokenizer.json"
+    ours = tok.is_file() and "kind" in json.loads(tok.read_text("utf-8"))  # saved with a tokenizer of this package
+    return AutoModelForCausalLM.from_pretrained(path), load_tokenizer(tok.read_text("utf-8")) if ours else AutoTokenizer.from_pretrained(path)
 
 
 def _settings(pairs):  # ["lr=0.01", "noise=normal"] -> dict
@@ -90,7 +95,8 @@ def _finetune(args):
     from pathlib import Path
 
     from gfopt.lm.anchor import finetune_report, gained
-    from gfopt.lm.finetune import finetune
+    from gfopt.lm.finetune import file_rows, finetune
+    from gfopt.lm.text import ByteTokenizer
 
     out, workers = Path(args.out), None
     if "RANK" in os.environ:  # started by torchrun
@@ -99,9 +105,14 @@ def _finetune(args):
         workers = Workers()
     for flag, file in (("--data", args.data), ("--evaluate", args.evaluate), ("--remember", args.remember)):
         if file is not None and not Path(file).is_file():
-            raise FileNotFoundError(f"{flag} {file}: no such file")
+            raise FileNotFoundError(f"{flag} {file}: {'a folder; allowed: a file' if Path(file).is_dir() else 'no such file'}")
+        for _ in file_rows(file, ByteTokenizer(), 10**9) if file is not None else (): pass  # what is wrong with it is said before a model is made
+    for flag, given in (("--best", args.best), ("--remember", args.remember), ("--patience", args.patience)):
+        if given and not args.evaluate: raise ValueError(f"{flag}: needs --evaluate FILE")
     if out.is_file():
         raise ValueError(f"--out {out}: a file; allowed: a folder")
+    if out.is_dir() and any(out.iterdir()) and not (out / "finetune.jsonl").exists():
+        raise ValueError(f"--out {out}: holds other files; allowed: a new folder, or one of an earlier run")
     sys.path.insert(0, os.getcwd())  # for module:function
     settings = _settings(args.set)
     if wrong := settings.keys() & {"model", "data", "objective", "journal", "callback", "workers", "tokenizer", "evaluate", "remember", "method", "steps", "seed", "schedule"}:
@@ -117,7 +128,12 @@ def _finetune(args):
     losses = [e["loss"] for e in tuned.history if "loss" in e]
     short = dict(steps=tuned.steps, stopped=tuned.stopped, loss=losses[-1] if losses else None, best_step=tuned.best_step, best_value=tuned.best_value, out=str(out))
     short |= {k: v for k, v in (gained(tuned) or [{}])[-1].items() if k != "step"}
-    print(f"{tuned.steps} steps ({tuned.stopped}), model, journal and report.html in {out}")
+    looks = [e["value"] for e in tuned.history if e.get("value") is not None]
+    short |= dict(first_value=looks[0], last_value=looks[-1]) if looks else {}
+    print(f"{f'stopped after {tuned.steps} of {args.steps}' if tuned.stopped == 'interrupted' else tuned.steps} steps ({tuned.stopped}); model, journal and report.html in {out}")
+    if len(looks) > 1:
+        worse = "; worse than at the start: try a smaller lr or a larger population" if looks[-1] > looks[0] and not args.best else ""
+        print(f"evaluation {looks[0]:.4f} -> {looks[-1]:.4f}{worse}")
     if tuned.stopped == "interrupted":
         print("the same command goes on from there")
     return (130 if tuned.stopped == "interrupted" else 0), short
@@ -127,9 +143,9 @@ def _finetune_arguments(commands):
     p = commands.add_parser("finetune", help="adapt a model to a file, with forward passes only",
                             description="Fine-tunes a model. OUT/finetune.jsonl is the journal: killed at any moment, the same command goes on from there. "
                                         "Under torchrun every process measures a part of the population.",
-                            epilog="example: gfopt finetune --model nano --data rows.jsonl --steps 20 --set population=16 lr=0.02 --out tuned")
+                            epilog="example: gfopt finetune --model nano --data mine.txt --evaluate other.txt --steps 20 --every 10 --set population=32 lr=0.005 --out tuned")
     p.add_argument("--model", required=True, metavar="DIR|NAME", help="a folder with a model (ours, or Hugging Face's), or pico, nano, small, base: trained here on Python's library")
-    p.add_argument("--data", required=True, metavar="FILE", help='JSON lines: {"text": ...}, {"prompt": ..., "completion": ...} or {"input_ids": [...]}')
+    p.add_argument("--data", required=True, metavar="FILE", help='plain text, or in a .jsonl file a JSON object on each line: {"text": ...}, {"prompt": ..., "completion": ...} or {"input_ids": [...]}')
     p.add_argument("--objective", default="next_token", metavar="NAME", help="next_token, or module:function with (model, batch) -> losses of the rows (default next_token)")
     p.add_argument("--method", default="lowrank_es", help="lowrank_es, mezo or fzoo (default lowrank_es)")
     p.add_argument("--steps", type=int, default=1000, help="in all, those of an earlier run included (default 1000)")
@@ -204,13 +220,17 @@ def parser() -> argparse.ArgumentParser:
     m.set_defaults(run=_methods)
     for p in (d, c, m, _finetune_arguments(commands), _replay_arguments(commands)):
         p.add_argument("--json", action="store_true", help="one line of JSON at the end")
+        p.set_defaults(usage=p.error)
+        p.allow_abbrev = False
     return ap
 
 
 def main(argv=None) -> int:
     "Entry point of the `gfopt` command; returns the exit code."
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch loads: spinning threads would fight over two cores
-    args = parser().parse_args(argv)
+    whole = parser()
+    args, unknown = whole.parse_known_args(argv)
+    if unknown: args.usage(f"unrecognized arguments: {' '.join(unknown)}")
     if args.command == "demo" and args.preset is None:
         import torch
 
@@ -218,7 +238,7 @@ def main(argv=None) -> int:
     try:
         code, short = args.run(args)
     except KeyboardInterrupt:
-        print("gfopt: stopped", file=sys.stderr)
+        print("gfopt: stopped before there was anything to keep; the same command starts again", file=sys.stderr)
         return 130
     except (ValueError, TypeError, OSError, RuntimeError, ImportError) as e:  # anything else is a bug and shows its traceback
         print(f"gfopt {args.command}: {type(e).__name__}: {e}", file=sys.stderr)

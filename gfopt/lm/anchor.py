@@ -126,7 +126,7 @@ def _figure(tuned, rows):
     for x, y, look, label in (("step", "loss", ".", "training"), ("eval", "value", "o-", "evaluation")):
         if points := [(e[x], e[y]) for e in tuned.history if e.get(y) is not None]: left.plot(*zip(*points), look, ms=3, label=label)
     left.set(xlabel="step", ylabel="loss")
-    left.legend()
+    if left.lines: left.legend()
     for ax in right: plot_gained(rows, ax)
     return figure
 
