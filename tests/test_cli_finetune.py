@@ -108,6 +108,7 @@ def test_help_has_an_example_that_runs(command, folder, capsys):
     assert code == 0 and example.startswith(command)
     if command == "replay":
         run(capsys, RUN + "tuned")
+    for name in ("mine.txt", "other.txt"): Path(name).write_text("to be or not to be\n")
     code, _, err = run(capsys, example.replace("nano", "base") + " --quiet")
     assert code == 0, err
 
@@ -164,3 +165,26 @@ def test_bad_replay_and_nothing_is_lost(folder, capsys):
 def test_forty():
     assert len(FINETUNE) + len(REPLAY) >= 40
     assert parser().prog == "gfopt" and callable(next_token)
+
+
+def test_plain_text_is_cut_into_rows_and_the_evaluation_is_told(folder, capsys):
+    Path("mine.txt").write_text("to be or not to be, " * 60)
+    code, out, err = run(capsys, RUN.replace("rows.jsonl", "mine.txt").replace("batch_size=2", "batch_size=2 length=32") + "text --evaluate mine.txt --every 1 --json")
+    assert code == 0, err
+    short = json.loads(out.splitlines()[-1])
+    assert f"evaluation {short['first_value']:.4f} -> {short['last_value']:.4f}" in out
+    assert ("worse than at the start" in out) == (short["last_value"] > short["first_value"])
+
+
+def test_a_folder_with_other_files_is_left_as_it_is(folder, capsys):
+    Path("full").mkdir()
+    Path("full/model.safetensors").write_bytes(b"mine")
+    code, _, err = run(capsys, RUN + "full")
+    assert code == 1 and "--out full: holds other files; allowed" in err and Path("full/model.safetensors").read_bytes() == b"mine"
+
+
+def test_complaints_about_files_come_before_a_model_is_made(folder, capsys, monkeypatch):
+    from gfopt.adapters import cli
+    monkeypatch.setattr(cli, "_model", lambda where: pytest.fail("a model was made"))
+    for words in (replaced(RUN, data="broken.jsonl") + "new", RUN + "new --best", RUN + "new --evaluate latin.jsonl"):
+        assert run(capsys, words)[0] == 1

@@ -110,7 +110,7 @@ def fast(preset: str) -> dict:  # a format, or a share of the time -> what `weig
 
 def front_of(preset: str, size: str) -> dict:  # way -> what `weigh` says
     "One model at many sizes: searched with every technique, and uniform, both for the same shares of the float32 file."
-    p, f = PRESETS[preset], PRESETS[preset]["fronts"]
+    f = PRESETS[preset]["fronts"]
     model, tokenizer = trained(preset, *f["sizes"][size])
     _, read, check, test = texts(preset, tokenizer)
     front = compress(model, read, targets=list(f["shares"]), evaluations=f["evaluations"], validation=check, progress=False)
