@@ -173,6 +173,7 @@ def test_plain_text_is_cut_into_rows_and_the_evaluation_is_told(folder, capsys):
     assert code == 0, err
     short = json.loads(out.splitlines()[-1])
     assert f"evaluation {short['first_value']:.4f} -> {short['last_value']:.4f}" in out
+    assert "done before" not in out and "done before" in run(capsys, RUN.replace("rows.jsonl", "mine.txt").replace("batch_size=2", "batch_size=2 length=32") + "text --evaluate mine.txt --every 1")[1]
     assert ("worse than at the start" in out) == (short["last_value"] > short["first_value"])
 
 

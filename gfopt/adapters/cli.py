@@ -117,6 +117,8 @@ def _finetune(args):
     settings = _settings(args.set)
     if wrong := settings.keys() & {"model", "data", "objective", "journal", "callback", "workers", "tokenizer", "evaluate", "remember", "method", "steps", "seed", "schedule"}:
         raise ValueError(f"--set {', '.join(wrong)}: allowed: batch_size, length and the settings of the method")
+    size = lambda: (out / "finetune.jsonl").stat().st_size if (out / "finetune.jsonl").exists() else 0
+    before = size()
     model, tokenizer = _model(args.model)
     tuned = finetune(model, args.data, args.objective, args.method, args.steps, journal=out / "finetune.jsonl", evaluate=args.evaluate, remember=args.remember, every=args.every,
                      patience=args.patience, seed=args.seed, tokenizer=tokenizer, progress=not args.quiet, workers=workers, **settings)
@@ -131,6 +133,8 @@ def _finetune(args):
     looks = [e["value"] for e in tuned.history if e.get("value") is not None]
     short |= dict(first_value=looks[0], last_value=looks[-1]) if looks else {}
     print(f"{f'stopped after {tuned.steps} of {args.steps}' if tuned.stopped == 'interrupted' else tuned.steps} steps ({tuned.stopped}); model, journal and report.html in {out}")
+    if before and size() == before:
+        print("they were all done before; a larger --steps goes on")
     if len(looks) > 1:
         worse = "; worse than at the start: try a smaller lr or a larger population" if looks[-1] > looks[0] and not args.best else ""
         print(f"evaluation {looks[0]:.4f} -> {looks[-1]:.4f}{worse}")
@@ -148,7 +152,7 @@ def _finetune_arguments(commands):
     p.add_argument("--data", required=True, metavar="FILE", help='plain text, or in a .jsonl file a JSON object on each line: {"text": ...}, {"prompt": ..., "completion": ...} or {"input_ids": [...]}')
     p.add_argument("--objective", default="next_token", metavar="NAME", help="next_token, or module:function with (model, batch) -> losses of the rows (default next_token)")
     p.add_argument("--method", default="lowrank_es", help="lowrank_es, mezo or fzoo (default lowrank_es)")
-    p.add_argument("--steps", type=int, default=1000, help="in all, those of an earlier run included (default 1000)")
+    p.add_argument("--steps", type=int, default=1000, help="in all, those of an earlier run included (default 1000; the bar tells how long they take, and Ctrl-C keeps what is done)")
     p.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="settings of the method, and batch_size and length")
     p.add_argument("--evaluate", metavar="FILE", help="rows like those of --data, to look at every so often")
     p.add_argument("--remember", metavar="FILE", help="text that should not get worse, looked at with --evaluate: report.html shows the gain against it")
@@ -241,7 +245,8 @@ def main(argv=None) -> int:
         print("gfopt: stopped before there was anything to keep; the same command starts again", file=sys.stderr)
         return 130
     except (ValueError, TypeError, OSError, RuntimeError, ImportError) as e:  # anything else is a bug and shows its traceback
-        print(f"gfopt {args.command}: {type(e).__name__}: {e}", file=sys.stderr)
+        kind = "" if isinstance(e, (ValueError, TypeError, FileNotFoundError, ImportError)) else f"{type(e).__name__}: "  # the first say all in words
+        print(f"gfopt {args.command}: {kind}{e}", file=sys.stderr)
         return 1
     if args.json:
         print(json.dumps(short))
