@@ -54,7 +54,7 @@ class Ran:
 def _status(code: int | None, stderr: str) -> str:
     if code is None or code in (-signal.SIGXCPU, 128 + signal.SIGXCPU): return "timeout"
     if code == 0: return "ok"
-    if stderr.rstrip().rpartition("\n")[2].startswith("MemoryError"): return "memory"
+    if stderr.rstrip().rpartition("\n")[2].startswith("MemoryError") or "object type name: MemoryError" in stderr: return "memory"  # the latter where no traceback fits any more
     return "error" if 0 < code < 128 else "killed"
 
 # %% ../../nbs/4_lm/18_sandbox.ipynb #42f288cb
