@@ -161,7 +161,7 @@ def test_a_process_number_used_again_is_not_the_owner(tmp_path):
     leases = path.with_name("run.jsonl.leases")
     pid, birth, number = leases.read_text().split()
     assert birth == started(os.getpid()) and not other.unfinished()
-    for forged, free in ((f"{os.getppid()} {birth}", True), (f"{os.getppid()} {started(os.getppid())}", False), ("", True), ("12", True)):
+    for forged, free in ((f"{os.getppid()} {birth}1", True), (f"{os.getppid()} {started(os.getppid())}", False), ("", True), ("12", True)):
         leases.write_text((forged + (f" {number}" if " " in forged else "")).ljust(63) + "\n")
         assert [t.id for t in other.unfinished()] == ([0] if free else [])
 
