@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ..compress.feedback import moments
 from ..compress.front import compress
-from ..compress.genome import GenomeSpace
+from ..compress.genome import TECHNIQUES, GenomeSpace
 from ..compress.heal import heal
 from ..compress.latency import calibrate_latency
 from ..compress.measure import file_bytes, measure_latency, open_model
@@ -87,13 +87,13 @@ def track(preset: str, name: str) -> dict:  # way to fill the file -> what `weig
 
 
 def fast(preset: str) -> dict:  # a format, or a share of the time -> what `weigh` says, and the time that was predicted
-    "How fast and how small one model gets, and what it loses: blocks and bits, searched for shares of the float32 model's time for a token, and healed."
+    "How fast and how small one model gets, and what it loses: every technique, searched for shares of the float32 model's time for a token, and healed."
     p = PRESETS[preset]
-    f, menu = p["fast"], ("blocks", "bits")
+    f = p["fast"]
     large, tokenizer = trained(preset, f["track"], "large")
     tokens, read, check, test = texts(preset, tokenizer)
-    clock, _ = calibrate_latency(large, test["input_ids"][:1, :64], menu, new_tokens=16, repeats=5, clock=time.process_time)
-    front = compress(large, read, targets=list(f["shares"]), target="latency", latency=clock, techniques=menu, evaluations=p["evaluations"], validation=check, progress=False)
+    clock, _ = calibrate_latency(large, test["input_ids"][:1, :64], TECHNIQUES, new_tokens=16, repeats=5, clock=time.process_time)
+    front = compress(large, read, targets=list(f["shares"]), target="latency", latency=clock, evaluations=p["evaluations"], validation=check, progress=False)
     predicted = {}
     with tempfile.TemporaryDirectory() as folder:
         at = lambda way: Path(folder) / way
