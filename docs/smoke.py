@@ -91,6 +91,7 @@ def browse(site: Path, shots: Path | None = None, words: str = "posterior") -> l
             browser.close()
     finally:
         server.shutdown()
+        server.server_close()  # the listening socket, which shutdown leaves open
     return bad
 
 
