@@ -169,12 +169,13 @@ def test_forty():
 
 def test_plain_text_is_cut_into_rows_and_the_evaluation_is_told(folder, capsys):
     Path("mine.txt").write_text("to be or not to be, " * 60)
-    code, out, err = run(capsys, RUN.replace("rows.jsonl", "mine.txt").replace("batch_size=2", "batch_size=2 length=32") + "text --evaluate mine.txt --every 1 --json")
+    words = replaced(RUN, data="mine.txt").replace("batch_size=2", "batch_size=2 length=32") + "text --evaluate mine.txt --every 1 --json"
+    code, out, err = run(capsys, words)
     assert code == 0, err
     short = json.loads(out.splitlines()[-1])
     assert f"evaluation {short['first_value']:.4f} -> {short['last_value']:.4f}" in out
-    assert "done before" not in out and "done before" in run(capsys, RUN.replace("rows.jsonl", "mine.txt").replace("batch_size=2", "batch_size=2 length=32") + "text --evaluate mine.txt --every 1")[1]
     assert ("worse than at the start" in out) == (short["last_value"] > short["first_value"])
+    assert "done before" not in out and "done before" in run(capsys, words)[1]
 
 
 def test_a_folder_with_other_files_is_left_as_it_is(folder, capsys):

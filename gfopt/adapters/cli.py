@@ -73,9 +73,10 @@ def _hugging_face(path):
         from transformers import AutoModelForCausalLM, AutoTokenizer
     except ImportError as e:
         raise ImportError("Hugging Face's models need transformers: pip install 'gfopt[hf]'") from e
-    tok = path / "tokenizer.json"
-    ours = tok.is_file() and "kind" in json.loads(tok.read_text("utf-8"))  # saved with a tokenizer of this package
-    return AutoModelForCausalLM.from_pretrained(path), load_tokenizer(tok.read_text("utf-8")) if ours else AutoTokenizer.from_pretrained(path)
+    file = path / "tokenizer.json"
+    text = file.read_text("utf-8") if file.is_file() else "{}"
+    tokenizer = load_tokenizer(text) if "kind" in json.loads(text) else AutoTokenizer.from_pretrained(path)  # the first: saved with one of this package
+    return AutoModelForCausalLM.from_pretrained(path), tokenizer
 
 
 def _settings(pairs):  # ["lr=0.01", "noise=normal"] -> dict
@@ -99,28 +100,28 @@ def _finetune(args):
     from gfopt.lm.text import ByteTokenizer
 
     out, workers = Path(args.out), None
+    journal = out / "finetune.jsonl"
     if "RANK" in os.environ:  # started by torchrun
         from gfopt.lm.workers import Workers
 
         workers = Workers()
     for flag, file in (("--data", args.data), ("--evaluate", args.evaluate), ("--remember", args.remember)):
-        if file is not None and not Path(file).is_file():
-            raise FileNotFoundError(f"{flag} {file}: {'a folder; allowed: a file' if Path(file).is_dir() else 'no such file'}")
-        for _ in file_rows(file, ByteTokenizer(), 10**9) if file is not None else (): pass  # what is wrong with it is said before a model is made
+        if file is None: continue
+        if not Path(file).is_file(): raise FileNotFoundError(f"{flag} {file}: {'a folder; allowed: a file' if Path(file).is_dir() else 'no such file'}")
+        for _ in file_rows(file, ByteTokenizer(), 10**9): pass  # what is wrong with it is said before a model is made
     for flag, given in (("--best", args.best), ("--remember", args.remember), ("--patience", args.patience)):
         if given and not args.evaluate: raise ValueError(f"{flag}: needs --evaluate FILE")
     if out.is_file():
         raise ValueError(f"--out {out}: a file; allowed: a folder")
-    if out.is_dir() and any(out.iterdir()) and not (out / "finetune.jsonl").exists():
+    if out.is_dir() and any(out.iterdir()) and not journal.exists():
         raise ValueError(f"--out {out}: holds other files; allowed: a new folder, or one of an earlier run")
     sys.path.insert(0, os.getcwd())  # for module:function
     settings = _settings(args.set)
     if wrong := settings.keys() & {"model", "data", "objective", "journal", "callback", "workers", "tokenizer", "evaluate", "remember", "method", "steps", "seed", "schedule"}:
         raise ValueError(f"--set {', '.join(wrong)}: allowed: batch_size, length and the settings of the method")
-    size = lambda: (out / "finetune.jsonl").stat().st_size if (out / "finetune.jsonl").exists() else 0
-    before = size()
+    before = journal.stat().st_size if journal.exists() else 0
     model, tokenizer = _model(args.model)
-    tuned = finetune(model, args.data, args.objective, args.method, args.steps, journal=out / "finetune.jsonl", evaluate=args.evaluate, remember=args.remember, every=args.every,
+    tuned = finetune(model, args.data, args.objective, args.method, args.steps, journal=journal, evaluate=args.evaluate, remember=args.remember, every=args.every,
                      patience=args.patience, seed=args.seed, tokenizer=tokenizer, progress=not args.quiet, workers=workers, **settings)
     if args.best:
         tuned.load_best()
@@ -133,7 +134,7 @@ def _finetune(args):
     looks = [e["value"] for e in tuned.history if e.get("value") is not None]
     short |= dict(first_value=looks[0], last_value=looks[-1]) if looks else {}
     print(f"{f'stopped after {tuned.steps} of {args.steps}' if tuned.stopped == 'interrupted' else tuned.steps} steps ({tuned.stopped}); model, journal and report.html in {out}")
-    if before and size() == before:
+    if before and journal.stat().st_size == before:
         print("they were all done before; a larger --steps goes on")
     if len(looks) > 1:
         worse = "; worse than at the start: try a smaller lr or a larger population" if looks[-1] > looks[0] and not args.best else ""
@@ -224,7 +225,7 @@ def parser() -> argparse.ArgumentParser:
     m.set_defaults(run=_methods)
     for p in (d, c, m, _finetune_arguments(commands), _replay_arguments(commands)):
         p.add_argument("--json", action="store_true", help="one line of JSON at the end")
-        p.set_defaults(usage=p.error)
+        p.set_defaults(refuse=p.error)  # with the usage of its own command
         p.allow_abbrev = False
     return ap
 
@@ -232,9 +233,8 @@ def parser() -> argparse.ArgumentParser:
 def main(argv=None) -> int:
     "Entry point of the `gfopt` command; returns the exit code."
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch loads: spinning threads would fight over two cores
-    whole = parser()
-    args, unknown = whole.parse_known_args(argv)
-    if unknown: args.usage(f"unrecognized arguments: {' '.join(unknown)}")
+    args, unknown = parser().parse_known_args(argv)
+    if unknown: args.refuse(f"unrecognized arguments: {' '.join(unknown)}")
     if args.command == "demo" and args.preset is None:
         import torch
 
@@ -242,7 +242,7 @@ def main(argv=None) -> int:
     try:
         code, short = args.run(args)
     except KeyboardInterrupt:
-        print("gfopt: stopped before there was anything to keep; the same command starts again", file=sys.stderr)
+        print("gfopt: stopped; the same command starts again", file=sys.stderr)
         return 130
     except (ValueError, TypeError, OSError, RuntimeError, ImportError) as e:  # anything else is a bug and shows its traceback
         kind = "" if isinstance(e, (ValueError, TypeError, FileNotFoundError, ImportError)) else f"{type(e).__name__}: "  # the first say all in words

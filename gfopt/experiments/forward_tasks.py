@@ -186,7 +186,8 @@ def _es(task, named, seed, rows, g, settings):
 def _adamw(task, named, seed, rows, g, settings):
     draw, losses, _ = task.smooth or (task.draw, task.losses, None)
     moving = [p for _, p in named]
-    for p in task.model.requires_grad_(False).parameters(): p.requires_grad_(any(p is m for m in moving))  # no gradient is kept of what stays
+    task.model.requires_grad_(False)  # no gradient is kept of what stays
+    for p in moving: p.requires_grad_()
     opt = torch.optim.AdamW(moving, **settings)
 
     def once():

@@ -142,14 +142,12 @@ def file_rows(
     path = Path(path)
     try: text = path.read_text("utf-8")
     except UnicodeDecodeError as e: raise ValueError(f"{path}: byte {e.start} is not UTF-8; allowed: UTF-8, such as `iconv -f latin1 -t utf-8` writes") from None
-    empty = not text.strip()
-    if path.suffix not in (".jsonl", ".json"): yield from () if empty else _json_rows(dict(text=text), tokenizer, length)
-    else:
-        for i, line in enumerate(text.splitlines(), 1):
-            if not line.strip(): continue
-            try: yield from _json_rows(json.loads(line), tokenizer, length)
-            except (ValueError, TypeError, KeyError) as e: raise ValueError(f"{path}, line {i}: {line[:60]!r}: {e}; each line is a JSON object, such as {{\"text\": \"...\"}}") from None
-    if empty: raise ValueError(f"{path}: no rows; allowed: a text, or in a .jsonl file a JSON object on each line")
+    if not text.strip(): raise ValueError(f"{path}: no rows; allowed: a text, or in a .jsonl file a JSON object on each line")
+    if path.suffix not in (".jsonl", ".json"): return (yield from _json_rows(dict(text=text), tokenizer, length))
+    for i, line in enumerate(text.splitlines(), 1):
+        if not line.strip(): continue
+        try: yield from _json_rows(json.loads(line), tokenizer, length)
+        except (ValueError, TypeError, KeyError) as e: raise ValueError(f"{path}, line {i}: {line[:60]!r}: {e}; each line is a JSON object, such as {{\"text\": \"...\"}}") from None
 
 def _json_rows(d, tokenizer, length):
     if not isinstance(d, dict) or not d.keys() & {"text", "prompt", "completion", "input_ids"}:
