@@ -101,6 +101,20 @@ def test_hugging_face_folder(folder, capsys):
     assert weights_hash(load("tuned")) == weights_hash(load("again")) != weights_hash(load("hf"))
 
 
+def test_hugging_face_folder_with_a_tokenizer_of_this_package(folder, capsys):
+    tf = pytest.importorskip("transformers")
+    with torch.random.fork_rng(devices=[]):
+        tf.AutoModelForCausalLM.from_config(tf.LlamaConfig(vocab_size=257, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2)).save_pretrained("hf")
+    Path("hf/tokenizer.json").write_text(ByteTokenizer().to_json())
+    code, _, err = run(capsys, replaced(RUN, model="hf") + "tuned")
+    assert code == 0 and json.loads(Path("tuned/tokenizer.json").read_text()) == dict(kind="bytes"), err
+
+
+def test_a_run_without_a_step_has_a_report_and_no_warning(folder, capsys):
+    code, _, err = run(capsys, replaced(RUN, steps="0") + "none")  # warnings are errors in these tests
+    assert code == 0 and Path("none/report.html").exists(), err
+
+
 @pytest.mark.parametrize("command", ["finetune", "replay"])
 def test_help_has_an_example_that_runs(command, folder, capsys):
     code, text, _ = run(capsys, f"{command} --help")
