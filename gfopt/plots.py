@@ -46,14 +46,15 @@ def plot_convergence(
     ax=None,
     minimum: float = 0.0,  # subtracted: the picture shows regret
 ):
-    "Median and quartiles of best-so-far over evaluations, one colour for each name; returns the axes."
+    "Median and quartiles of best-so-far over evaluations, one colour for each name; returns the axes. Not drawn where they are infinite: too many runs have found nothing yet."
     import matplotlib.pyplot as plt
 
     ax = ax or plt.gca()
     for i, (name, results) in enumerate(runs.items()):
         curves = [best_so_far(getattr(r, "func_vals", r)) - minimum for r in results]
         n = min(map(len, curves))
-        low, mid, high = np.percentile([c[:n] for c in curves], [25, 50, 75], axis=0)
+        quartiles = np.percentile(np.minimum([c[:n] for c in curves], 1e300), [25, 50, 75], axis=0)  # inf times 0 would be nan
+        low, mid, high = np.where(quartiles < 1e290, quartiles, np.nan)
         ax.plot(range(1, n + 1), mid, color=COLORS[i % 6], label=name)
         ax.fill_between(range(1, n + 1), low, high, color=COLORS[i % 6], alpha=0.15, lw=0)
     ax.set(xlabel="evaluations", ylabel="best so far")

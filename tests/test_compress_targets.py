@@ -373,11 +373,16 @@ def test_calibration_measures_ready_models_and_checks_on_others(models, monkeypa
         return {n: dict(decode_ms=float(w @ CLOCKS["kernels"].coefficients), prefill_ms=7.0) for n, w in zip(named, seen[-1])}
     monkeypatch.setattr(latency_module, "measure_latency", machine)
     fitted, errors = calibrate_latency(models["gfopt"], IDS[:1], new_tokens=3)
-    assert len(seen[0]) == 25 and errors.shape == (6,) and np.abs(errors).max() < 1e-6
+    assert len(seen[0]) == 28 and errors.shape == (6,) and np.abs(errors).max() < 1e-6
     assert np.array_equal(seen[0][-1], work(models["gfopt"])) and len({w.tobytes() for w in seen[0]}) > 15
     if kernel_works(4): assert sum(w[4] > 0 for w in seen[0]) > 5   # kernels are at work
+    own = GenomeSpace(models["gfopt"], TECHNIQUES)
+    for bits, w in zip((4, 8, 16), seen[0][24:27]):   # after the random ones, of which six are not fitted to: every width by itself
+        assert np.array_equal(w, work(Compressed(own, SimpleNamespace(genome=own.flat(bits))).model))
+    drawn, _ = calibrate_latency(models["gfopt"], IDS[:1], techniques=("blocks", "heads"), new_tokens=3)
+    assert len(seen[1]) == 25   # no widths on the menu
     again, _ = calibrate_latency(models["gfopt"], IDS[:1], new_tokens=3)
-    assert np.array_equal(seen[0], seen[1]) and np.array_equal(fitted.coefficients, again.coefficients)
+    assert np.array_equal(seen[0], seen[2]) and np.array_equal(fitted.coefficients, again.coefficients)
     flat, errors = calibrate_latency(models["gfopt"], IDS[:1], which="prefill_ms", new_tokens=3)
     assert np.abs(errors).max() < 1e-6 and abs(flat(models["gfopt"]) - 7.0) < 1e-6
     with pytest.raises(ValueError, match="n: 19"): calibrate_latency(models["gfopt"], IDS[:1], n=19)

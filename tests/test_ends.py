@@ -41,6 +41,15 @@ def test_convergence_shows_medians_of_the_regret(ax):
     assert [t.get_text() for t in ax.get_legend().get_texts()] == ["a", "b"] and len(ax.collections) == 2
 
 
+def test_convergence_leaves_out_what_is_infinite_and_keeps_the_rest(ax):
+    plots.plot_convergence(dict(a=[[9.0, 8.0], [math.inf, 6.0], [4.0, 2.0]]), ax)
+    median, band = ax.lines[0].get_ydata(), ax.collections[0].get_paths()[0].vertices
+    assert median.tolist() == [9.0, 6.0]  # the middle one of three is a number; the upper quartile lies between it and infinity
+    assert np.nanmin(band[:, 1]) == 4.0 and np.nanmax(band[:, 1]) == 7.0
+    plots.plot_convergence(dict(b=[[math.inf, 3.0]]), ax)
+    assert math.isnan(ax.lines[1].get_ydata()[0]) and ax.lines[1].get_ydata()[1] == 3.0
+
+
 @pytest.mark.parametrize("log", [True, False])
 def test_contours_are_of_the_function_and_its_lowest_place(ax, log):
     seen = []

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -27,11 +28,12 @@ from gfopt.lm.finetune import (
     batches,
     collate,
     find_objective,
+    finetune,
     next_token,
     read_jsonl,
     rows_of_step,
 )
-from gfopt.lm.model import load_model, row_losses
+from gfopt.lm.model import Llama, LlamaConfig, load_model, row_losses
 from gfopt.lm.replay import decode, replay, weights_hash
 from gfopt.lm.text import ByteTokenizer
 from gfopt.lm.zeroth_order import ZerothOrder
@@ -87,6 +89,23 @@ def test_collate_pads_and_keeps_text():
     b = collate([dict(input_ids=[1, 2, 3], labels=[2, 3, 4], answer="x", weight=0.5), dict(input_ids=[1], labels=[2], answer="y", weight=1.0)])
     assert b["input_ids"].tolist() == [[1, 2, 3], [1, 0, 0]] and b["labels"].tolist() == [[2, 3, 4], [2, -100, -100]]
     assert b["answer"] == ["x", "y"] and b["weight"].tolist() == [0.5, 1.0]
+
+
+def test_rows_are_no_longer_than_the_model_reads(tmp_path):
+    (tmp_path / "d.txt").write_text("a line of text\n" * 40)
+    seen = []
+    def lengths(model, batch): seen.append(batch["input_ids"].shape[1]); return next_token(model, batch)
+    for longest, length, want in ((16, None, 16), (512, None, 128), (512, 48, 48)):
+        model = Llama(LlamaConfig(257, 16, 1, 2, 1, 32, max_len=longest), seed=0)
+        finetune(model, tmp_path / "d.txt", lengths, steps=1, evaluate=tmp_path / "d.txt", tokenizer=ByteTokenizer(), length=length, progress=False, batch_size=2, population=2)
+        assert set(seen) == {want}
+        seen.clear()
+    class Other(torch.nn.Module):  # one of Hugging Face's; a model that says nothing gets 128
+        def __init__(self, n): super().__init__(); self.config, self.w = SimpleNamespace(max_position_embeddings=n), torch.nn.Parameter(torch.zeros(2))
+    for n, want in ((24, 24), (4096, 128), (-1, 128), (None, 128)):
+        finetune(Other(n), tmp_path / "d.txt", lambda m, b: seen.append(b["input_ids"].shape[1]) or m.w.sum().expand(2), steps=1, tokenizer=ByteTokenizer(), progress=False, batch_size=2, method="mezo")
+        assert set(seen) == {want}
+        seen.clear()
 
 
 def test_jsonl_counts_the_completion_only(tmp_path):

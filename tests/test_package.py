@@ -1,6 +1,7 @@
 """The shape of the package: what imports what, what is never used, what every name is."""
 
 import ast
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -85,3 +86,11 @@ def test_compress_is_a_function_whatever_was_imported_first(first):
     code = f"{first}\nfrom gfopt import compress\nimport gfopt\nfor f in (compress, gfopt.compress):\n    try: f(1, 2)\n    except ValueError as e: print(e)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.count("give either budget= or targets=") == 2, done.stderr
+
+
+def test_a_folder_of_the_same_name_does_not_hide_the_package(tmp_path):
+    "Python started beside a clone, which is named gfopt and has no `__init__.py` of its own."
+    (tmp_path / "gfopt" / "docs").mkdir(parents=True)
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    done = subprocess.run([sys.executable, "-c", "from gfopt import compress"], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert not done.returncode, done.stderr

@@ -100,14 +100,15 @@ def calibrate_latency(
     techniques: tuple = TECHNIQUES,  # as they will be given to `compress`
     bits: tuple = (4, 8, 16),
     per: str = "linear",
-    n: int = 24,  # random genomes, all held in memory at once
+    n: int = 24,  # random genomes; all models are held in memory at once
     held_out: int = 6,  # of them, only for the check
     which: str = "decode_ms",
     seed: int = 0,
     **settings,  # new_tokens, repeats, clock
 ) -> tuple[LatencyModel, np.ndarray]:  # and the relative errors on the genomes that were held out
-    "The latency model of one model, menu and machine: random genomes of all sizes and the dense model, made ready and measured."
+    "The latency model of one model, menu and machine: random genomes of all sizes, the uniform ones and the dense model, made ready and measured."
     check_int("n", n, 20)
     space, rng = GenomeSpace(model, tuple(techniques), tuple(bits), per), random.Random(f"latency {seed}")
     genomes = [space.random(rng.randint(space.low, space.high), rng) for _ in range(n)]
+    if "bits" in techniques: genomes += [space.flat(b) for b in bits]  # few random ones read most weights at one width
     return fit_latency([*(Compressed(space, SimpleNamespace(genome=g)).model for g in genomes), model], prompt, held_out, which, **settings)

@@ -369,7 +369,7 @@ def finetune(
     remember=None,  # model -> loss; or text, on which `next_token` is taken: what should not get worse, looked at with every evaluation
     every: int = 100,  # steps between evaluations
     patience: int | None = None,  # evaluations without a better one after which to stop
-    tokenizer=None, length: int = 128,  # for a JSONL file
+    tokenizer=None, length: int | None = None,  # for a file: tokens of a row at most. None: 128, or what the model reads where that is less
     workers=None,  # `Workers()` in each of several processes
     **settings,  # of the method: lr, population, sigma, chunk, rank, noise, ...
 ) -> FineTune:
@@ -378,6 +378,7 @@ def finetune(
     if patience is not None and evaluate is None: raise ValueError("patience: needs evaluate=, the data or function to be patient about")
     if remember is not None and evaluate is None: raise ValueError("remember: needs evaluate=, the gain that is set against what is lost")
     _refuse_shards(model)
+    length = _longest(model) if length is None else length
     fn, feed = find_objective(objective), batches(data, batch_size, seed, tokenizer, length)
     judge, kept = _judge("evaluate", fn, evaluate, feed.size, tokenizer, length), _judge("remember", next_token, remember, feed.size, tokenizer, length)
     settings = resolve(method, settings) if workers is None else workers.settle(resolve(method, settings))
@@ -391,6 +392,10 @@ def finetune(
         return run.result(stopped)
     except KeyboardInterrupt: return run.result("interrupted")
     finally: log.close()
+
+def _longest(model):  # ours, or one of Hugging Face's; others say nothing
+    limits = [getattr(getattr(model, "config", None), name, None) for name in ("max_len", "max_position_embeddings")]
+    return min([128, *(n for n in limits if isinstance(n, int) and n > 0)])
 
 def _refuse_shards(model):
     for n, p in model.named_parameters():
