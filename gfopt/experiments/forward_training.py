@@ -46,7 +46,7 @@ _CHANCE = dict(method="random", **BIAS)  # one point a step, and the best so far
 _LORA = dict(method="adamw", lora=4, select="lora_", decay=0.9)
 CPU = dict(
     workers=2, device="cpu", seconds=None,
-    a=dict(tasks=dict(shift=dict(base=dict(size="pico", steps=200, rows=8, length=64))), tuning=[100], seeds=[0, 1, 2, 3, 4], points=60, attempts={
+    a=dict(tasks=dict(shift=dict(base=dict(size="pico", steps=200, rows=8, length=64))), tuning=[100, 101, 102], seeds=[0, 1, 2, 3, 4], points=60, attempts={
         "MeZO, larger steps": (dict(_MEZO, lr=8e-4), 1000 * 512),
         "one-sided, gains, larger steps that shrink": (dict(_ONE, directions=31, lr=0.2, select="norm", decay=0.9), 600 * 512),
         "one-sided, gains, still larger": (dict(_ONE, directions=31, lr=0.3, select="norm", decay=0.9), 600 * 512)}, methods={
@@ -56,7 +56,7 @@ CPU = dict(
         "low-rank ES": dict(budget=1500 * 512, settings=_grid(_ES, sigma=6 * [0.01], lr=[0.005, 0.01, 0.015, 0.005, 0.01, 0.015], decay=[0, 0, 0, 0.9, 0.9, 0.9])),
         "AdamW": dict(budget=1500 * 512, settings=_grid(dict(method="adamw", decay=0.9), lr=[2e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3]))}),
     b=dict(tasks={k: dict(base=dict(size="pico", steps=1000, rows=8, length=64)) for k in ("verbaliser", "reward", "shift")},
-           tuning=[100], seeds=[0, 1, 2], points=10, budget=dict(verbaliser=1e6, reward=1.2e5, shift=2e5), footprints=["verbaliser", "shift"], methods={
+           tuning=[100, 101, 102], seeds=[0, 1, 2], points=10, budget=dict(verbaliser=1e6, reward=1.2e5, shift=2e5), footprints=["verbaliser", "shift"], methods={
         "AdamW": dict(settings=_grid(dict(method="adamw", decay=0.9, rows=16), lr=[1e-3, 3e-3])),
         "AdamW on LoRA": dict(settings=_grid(dict(_LORA, rows=16), lr=[5e-3, 2e-2])),
         "MeZO": dict(settings=_grid(_MEZO, lr=[3e-4, 1e-3])),
@@ -73,7 +73,7 @@ def _smoke():  # a toy of every row, to see that all of it runs
     def few(part, budget):
         methods = {m: v | dict(settings=v["settings"][:1]) | (dict(budget=budget) if "budget" in v else {}) for m, v in part["methods"].items()}
         tasks = {k: dict(base=dict(size="pico", steps=4, rows=2, length=16)) for k in part["tasks"]}
-        return part | dict(attempts={}, methods=methods, tasks=tasks, seeds=[0], points=2) | (dict(budget=dict.fromkeys(tasks, budget)) if "budget" in part else {})
+        return part | dict(attempts={}, methods=methods, tasks=tasks, tuning=[100], seeds=[0], points=2) | (dict(budget=dict.fromkeys(tasks, budget)) if "budget" in part else {})
     runs = {n: (where, settings | (dict(population=8, chunk=8) if settings["method"] == "es" else {}), 0.05) for n, (where, settings, _) in C_CPU.items()}
     return CPU | dict(workers=0, a=few(CPU["a"], 600), b=few(CPU["b"], 600), c=runs)
 
@@ -88,7 +88,7 @@ GPU = CPU | dict(
         "one-sided, gains": dict(budget=2400 * 512, settings=_grid(dict(_ONE, directions=63, select="norm"), lr=[0.03, 0.06, 0.12, 0.24])),
         "one-sided, low rank": dict(budget=2400 * 512, settings=_grid(dict(_ONE, rank=1, directions=31), lr=[1e-3, 3e-3, 0.01, 0.03])),
         "AdamW": dict(budget=2400 * 512, settings=_grid(dict(method="adamw", decay=0.9), lr=[2e-4, 5e-4, 1e-3, 2e-3]))}),
-    b=dict(CPU["b"], tasks=dict.fromkeys(CPU["b"]["tasks"], _SMALL), budget=dict(verbaliser=3e7, reward=1e7, shift=3e7), methods={
+    b=dict(CPU["b"], tasks=dict.fromkeys(CPU["b"]["tasks"], _SMALL), tuning=[100], budget=dict(verbaliser=3e7, reward=1e7, shift=3e7), methods={
         "AdamW": dict(settings=_grid(dict(method="adamw", decay=0.9, rows=64), lr=[5e-4, 2e-3])),
         "low-rank ES": dict(settings=_grid(dict(_MANY, sigma=0.01, decay=0.9), lr=[0.02, 0.06])),
         **{name: dict(settings=_grid(dict(base, population=256), sigma0=[0.03, 0.1])) for name, base in (("sep-CMA-ES", _CMA), ("genetic", _GA), ("particle swarm", _PSO))},
