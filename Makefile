@@ -40,6 +40,8 @@ coverage: env-dev  ## which lines and branches of the package the tests reach (A
 	OMP_NUM_THREADS=1 $(BIN)/coverage run -m pytest -q -n $(JOBS) --dist worksteal --ignore tests/test_notebooks.py $(ARGS)
 	$(BIN)/coverage combine -q
 	$(BIN)/coverage report
+	@json=$$(mktemp) && $(BIN)/coverage json -q -o $$json; \
+	  $(BIN)/python docs/tools.py coverage $$json; bad=$$?; rm -f $$json; exit $$bad
 
 faults: env-dev  ## plant every known fault in a copy; the tests must find each (ARGS="search" for one area)
 	$(BIN)/python docs/tools.py faults $(ARGS)

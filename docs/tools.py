@@ -4,6 +4,7 @@
     python docs/tools.py readme                                   nbs/index*.ipynb -> README*.md
     python docs/tools.py check                                    list what does not agree
     python docs/tools.py survey                                   a table of the book, and its broken rules
+    python docs/tools.py coverage REPORT.json                     lines and branches, each against its floor
     python docs/tools.py faults [AREA ...]                        plant each known fault; the tests must see it
 """
 
@@ -13,7 +14,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from nbtools import check, faults, readme, run, survey
+from nbtools import check, coverage, faults, readme, run, survey
 from nbtools.notebooks import FLAGS
 
 
@@ -29,6 +30,8 @@ def main() -> int:
     commands.add_parser("readme", help="write the READMEs from nbs/index*.ipynb")
     commands.add_parser("check", help="list what does not agree; exit code 1 if anything")
     commands.add_parser("survey", help="seconds, words, figures, tests and equations of each notebook")
+    covering = commands.add_parser("coverage", help="exit code 1 if lines or branches are reached too seldom")
+    covering.add_argument("report", type=Path, help="what `coverage json` wrote")
     planting = commands.add_parser("faults", help="plant every known fault in a copy: the tests must turn red")
     planting.add_argument("areas", nargs="*", help="names of tests/faults/*.json; all of them by default")
     args = parser.parse_args()
@@ -42,6 +45,10 @@ def main() -> int:
         alive = faults.misplaced(known) or faults.survivors(known)
         print("\n".join(alive) or f"all {len(known)} faults were found")
         return int(bool(alive))
+    if args.command == "coverage":
+        figures, complaints = coverage.report(args.report)
+        print("\n".join([figures, *complaints]))
+        return int(bool(complaints))
     if args.command == "survey":
         table, complaints = survey.report()
         print(table)

@@ -51,6 +51,12 @@ def test_auto_is_an_optimizer_that_says_what_it_is():
     assert auto(Box(-1, 1, 2)).ask().shape[1] == 2
 
 
+def test_one_whole_number_makes_a_space_discrete():
+    reals = {f"x{i}": Real(0, 1) for i in range(23)}
+    assert auto(Space(reals | dict(n=Integer(1, 9))), budget=1000).method == "cmaes"
+    assert auto(Space(reals | dict(n=Real(1, 9))), budget=1000).method == "crfmnes"
+
+
 @pytest.mark.skipif(not TABLE.exists(), reason="the recorded table is not there")
 def test_the_rule_is_near_the_best_of_the_recorded_table():
     loss = {}

@@ -117,6 +117,11 @@ def test_linear_regression_equals_the_gaussian_process_it_leads_to():
     np.testing.assert_allclose([m, v], [w[0], C[0, 0]], rtol=1e-12)
 
 
+def test_a_measurement_pulls_a_prior_mean_by_its_precision():
+    np.testing.assert_allclose(gaussian_posterior(3.0, 2.0, np.array([5.0]), 0.5), (0.4 * (3 / 2 + 5 / 0.5), 0.4), rtol=1e-14)
+    np.testing.assert_allclose(gaussian_posterior(3.0, 2.0, np.array([]), 0.5), (3.0, 2.0), rtol=1e-14)
+
+
 # --- Gaussian process ----------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("name, peer", [("matern52", lambda ell: Matern(ell, nu=2.5)), ("rbf", RBF)])
 @pytest.mark.parametrize("seed", range(3))
@@ -299,11 +304,28 @@ def test_acquisition_slopes(f, best):
         np.testing.assert_allclose([dm[0], ds[0]], central(at, np.array([mean, sd]), 1e-6), rtol=2e-5, atol=1e-8)
 
 
+def test_confidence_bound_is_the_formula_and_so_are_its_slopes():
+    mean, sd = np.random.default_rng(1).uniform([-1, 0.3], [1, 2], (20, 2)).T
+    value, dm, ds = acq.confidence_bound(mean, sd, 1.5)
+    np.testing.assert_allclose(value, -(mean - 1.5 * sd), rtol=1e-12)  # minus the lower end of what is likely
+    assert (dm == -1).all() and (ds == 1.5).all()
+
+
 def test_thompson_is_the_minimum_of_a_joint_draw():
     gp = GaussianProcess(lengthscale=0.3, noise=1e-6).fit([[0.1], [0.9]], [0.0, 1.0])
     Xs = np.linspace(0, 1, 5)[:, None]
     assert acq.thompson(gp, Xs, np.zeros(5)) == gp.predict(Xs)[0].argmin()
     assert acq.thompson(gp, Xs, np.array([0, 0, -9.0, 0, 0])) == 2
+
+
+def test_thompson_draws_with_the_covariance():
+    gp = GaussianProcess(lengthscale=0.3, noise=1e-6).fit([[0.1], [0.9]], [0.0, 1.0])
+    Xs, rng = np.linspace(0, 1, 7)[:, None], np.random.default_rng(2)
+    mean, covariance = gp.predict(Xs, covariance=True)
+    L = np.linalg.cholesky(covariance + 1e-9 * np.eye(7))
+    for zeta in rng.standard_normal((40, 7)):
+        draw = mean + L @ zeta
+        assert draw[acq.thompson(gp, Xs, zeta)] == pytest.approx(draw.min(), abs=1e-3)
 
 
 # --- the loop ------------------------------------------------------------------------------------------------------

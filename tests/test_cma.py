@@ -52,6 +52,17 @@ def test_constants_equal_the_reference(d, population):
         assert (c.c1, c.cmu) == (pytest.approx(sp.c1), pytest.approx(sp.cmu))
 
 
+@pytest.mark.parametrize("d, population", [(10, 10), (2, 100), (5, 50), (1, 4)])
+def test_the_rates_of_the_paths_are_those_of_the_tutorial(d, population):
+    c = K.constants(population, d)
+    raw = [max(0.0, math.log((population + 1) / 2) - math.log(i + 1)) for i in range(population)]
+    mueff = sum(raw) ** 2 / sum(v * v for v in raw)
+    cs = (mueff + 2) / (d + mueff + 5)
+    damps = 1 + 2 * max(0, math.sqrt((mueff - 1) / (d + 1)) - 1) + cs  # a large population: the path may be long
+    assert (c.mueff, c.cs, c.damps) == (pytest.approx(mueff), pytest.approx(cs), pytest.approx(damps))
+    assert c.cc == pytest.approx((4 + mueff / d) / (d + 4 + 2 * mueff / d))
+
+
 def test_a_generation_is_that_of_the_tutorial_written_out():
     d = 4
     s, c = started(d)
@@ -282,6 +293,20 @@ def test_bipop_gives_its_two_regimes_the_same_budget():
             biggest = p
         spent = small + big
     assert spent > 0 and rows[0][3] > 0 and rows[0][4] == 0  # the first run counts as a small one
+
+
+def test_a_small_run_may_spend_half_of_what_the_large_ones_have():
+    small = [(p, limit, large) for p, _, limit, _, large in history_of_runs("bipop", 40) if limit]
+    assert len(small) > 5 and all(limit == max(1, int(large / 2 / p)) for p, limit, large in small)
+
+
+@pytest.mark.parametrize("kind", ["bipop", "ipop"])
+def test_a_restart_begins_with_its_share_of_the_first_step(kind):
+    opt = CMAES(Box(-5, 5, 2), seed=1, sigma0=0.7, restarts=kind)
+    over = dataclasses.replace(opt.state, run=1, generation=100, history=torch.ones(2, 1, dtype=DOUBLE))  # a large run
+    s, coins = opt.again(over), torch.rand(2, generator=generator(1, "restart", 1))
+    want = 0.7 * 0.01 ** float(coins[1]) if kind == "bipop" else 0.7  # then a small one follows
+    assert s.start == float(s.sigma) == pytest.approx(want) and (s.start < 0.6) == (kind == "bipop") == (s.limit > 0)
 
 
 def test_a_restart_is_a_new_random_point_of_the_seed():

@@ -304,6 +304,16 @@ def test_a_collapsed_integer_still_walks_three_cells(start):
         assert space.decode(opt.recommend())[0]["n"] == goal
 
 
+def test_one_member_in_so_many_coordinates_leaves_the_cell():
+    space = Space(n=Integer(0, 9), a=Real(0, 1), b=Real(0, 1))
+    opt = collapsed(CMAES(space, seed=0, restarts=None), (0.45, 0.5, 0.5))
+    z = opt.ask()
+    opt.tell(z, z[:, 1])
+    s = opt.state
+    m, deviation = space.x0[0] + space.sigma0[0] * s.m[0], space.sigma0[0] * s.sigma * s.stretch[0] * s.C[0, 0].sqrt()
+    assert sum(leaving(float(m), float(deviation), 0.4, 0.5)) == pytest.approx(1 / (3 * opt.population), rel=1e-6)
+
+
 def letters(choices, word):
     space = Space({f"c{i}": Categorical(choices) for i in range(8)})
     at = torch.tensor([choices.index(c) for c in word])

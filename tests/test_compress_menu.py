@@ -15,6 +15,7 @@ from compressing import VOCAB, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gfopt.compress import evolution, export
 from gfopt.compress.evolution import (
     Damages,
     evolve,
@@ -37,7 +38,7 @@ from gfopt.compress.rank import break_even, build, level_bytes, low_rank, split_
 from gfopt.compress.search import Divergence, Evaluator, dynamic_programming, logits_of
 from gfopt.compress.techniques import dequantize, group4, quantize, store, sub_blocks
 from gfopt.compress.widths import energy, members, narrowed, refit
-from gfopt.lm.model import Llama, LlamaConfig
+from gfopt.lm.model import Llama, LlamaConfig, save_model
 
 transformers = pytest.importorskip("transformers")
 
@@ -455,6 +456,90 @@ def test_layer_index_is_renumbered_and_cached_generation_equals_uncached(spaces,
     assert (stepwise(again, IDS) - full).abs().max() < 1e-4 * full.abs().max()
 
 
+@pytest.mark.parametrize("gone", [(0,), (1,), (2,), (0, 2), (0, 1), (1, 2), (0, 1, 2)])
+@pytest.mark.parametrize("types", ["fsf", "sff", "ssf"])
+def test_the_cache_keeps_whole_and_sliding_attentions_apart(tmp_path, gone, types):
+    "A place in the cache is of one kind, and the configuration says which; attentions go, their layers stay."
+    model = tiny_model("qwen2-sliding", layers=3, types=["sliding_attention" if t == "s" else "full_attention" for t in types])
+    space = GenomeSpace(model, ("blocks", "bits"))
+    small = chosen(space, ("drop" if x.path in [f"model.layers.{i}.self_attn" for i in gone] else x.levels[-1] for x in space.genes))
+    small.save(tmp_path)
+    again = load_compressed(tmp_path)
+    full = logits_of(again, IDS)
+    assert torch.equal(full, logits_of(space.library.use(small.genome), IDS)) and torch.equal(full, logits_of(small.model, IDS))
+    if len(gone) < 3: assert (stepwise(again, IDS) - full).abs().max() < 1e-4 * full.abs().max()
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin", "model-00001-of-00002.safetensors"])
+def test_weights_of_another_model_are_never_overwritten(spaces, tmp_path, file, monkeypatch):
+    space = spaces["gfopt"]
+    small = chosen(space, everything(space))
+    (tmp_path / file).write_bytes(b"not ours")
+    with pytest.raises(ValueError, match="another model's weights"): small.save(tmp_path)
+    assert [f.name for f in tmp_path.iterdir()] == [file] and (tmp_path / file).read_bytes() == b"not ours"
+    with pytest.raises(ValueError, match="another model's weights"):
+        save_model(Llama(LlamaConfig(VOCAB, 32, 1, 4, 2, 64), seed=0), tmp_path / "dense")
+        small.save(tmp_path / "dense")
+    small.save(tmp_path / "mine")
+    written = []
+    def killed(path, data, real=export.write_atomic):
+        real(path, data)
+        if path.name == "model.safetensors": written.append(path); raise KeyboardInterrupt  # the last description is missing
+    monkeypatch.setattr(export, "write_atomic", killed)
+    with pytest.raises(KeyboardInterrupt): small.save(tmp_path / "torn")
+    monkeypatch.undo()
+    small.save(tmp_path / "torn")  # its own weights, not another's
+    assert written and torch.equal(logits_of(load_compressed(tmp_path / "torn"), IDS), logits_of(small.model, IDS))
+    assert torch.equal(logits_of(load_compressed(tmp_path / "mine"), IDS), logits_of(small.model, IDS))
+
+
+@pytest.mark.parametrize("kind", ["gfopt", "llama"])
+def test_other_than_float32_is_refused_before_anything_is_searched(kind):
+    with pytest.raises(ValueError, match="model has weights in torch.bfloat16; allowed: torch.float32"):
+        compress(tiny_model(kind).to(torch.bfloat16), IDS, budget=0.4)
+
+
+def test_baselines_that_did_not_run_are_named_and_one_random_genome_always_does(models):
+    front = compress(models["gfopt"], IDS, targets=[0.12 + 0.01 * k for k in range(12)], techniques=("blocks", "bits"), evaluations=120, progress=False)
+    tried = {(s, b) for s in ("uniform", "additive", "greedy", "random") for b in front.budgets if front.evaluator.best(s, b)}
+    assert front.skipped == [s for s in ("uniform", "additive", "greedy", "random") if any((s, b) not in tried for b in front.budgets)]
+    assert "random" not in front.skipped
+    few = compress(models["gfopt"], IDS, targets=[0.12 + 0.01 * k for k in range(20)], techniques=("blocks", "bits"), evaluations=4, progress=False)
+    assert few.skipped == ["additive", "greedy", "random"] and few.evaluator.spent <= 4
+    late = compress(models["gfopt"], IDS, targets=[0.12, 0.3], techniques=("blocks", "bits"), evaluations=3, progress=False)
+    assert late.skipped == ["additive", "greedy", "random"] and late.evaluator.best("random", late.budgets[1])  # at one budget only
+
+
+@pytest.mark.parametrize("method", ["ga", "pso", "nsga2", "bo", "random"])
+def test_other_searches_begin_with_what_is_known(monkeypatch, coarse, method):
+    _, truth = known_world(monkeypatch, coarse)
+    budget, told = coarse.high // 2, []
+    ev = Evaluator(coarse, Table(truth))
+    for s in range(9): ev(coarse.random(budget, random.Random(s)), "uniform")
+    best = [v for v, _ in ev.best(None, budget, 6)]
+    real = evolution.make_optimizer
+    def listening(*a, **k):
+        opt = real(*a, **k)
+        tell = opt.tell
+        opt.tell = lambda z, y, **more: (told.append(y.flatten().tolist()), tell(z, y, **more))[1]
+        return opt
+    monkeypatch.setattr(evolution, "make_optimizer", listening)
+    search_with(ev, method, budget, 12, 0)
+    assert [y[-1] for y in told[:6]] == pytest.approx(best) and len(told) > 6 and 9 < ev.spent <= 21
+
+
+def test_the_levels_are_made_where_the_model_is():
+    "No GPU is needed to see that no tensor is made on another device than the weights."
+    model = Llama(LlamaConfig(VOCAB, 32, 1, 4, 2, 64), seed=0).to("meta")
+    layer, c = model.model.layers[0], {n: torch.empty(n, n, device="meta") for n in (32, 64)}
+    w, some = torch.empty(32, 64, device="meta"), torch.arange(1, device="meta")
+    made = [*low_rank(w, None, 4), *low_rank(w, c[64], 4), energy(w, c[64], 8), refit(w, c[64], torch.arange(8, device="meta"))]
+    for block, n in ((layer.self_attn, 32), (layer.mlp, 64)): made += [m.weight for m in narrowed(block, some, c[n]).values()]
+    assert {t.device.type for t in made} == {"meta"}
+    space = GenomeSpace(model, ("blocks", "heads", "neurons"))
+    assert {p.device.type for p in space.library.use(everything(space)).parameters()} == {"meta"}
+
+
 @pytest.mark.parametrize("kind", ["gfopt", "llama", "qwen2", "qwen3", "mistral"])
 @pytest.mark.parametrize("bits", [32, 16])
 def test_uniform_results_open_in_from_pretrained(models, tmp_path, kind, bits):
@@ -589,8 +674,84 @@ def test_what_cannot_work_is_refused_before_the_search(folder, monkeypatch, tmp_
     monkeypatch.setattr(front, "compress", lambda *a, **k: pytest.fail("searched"))
     (tmp_path / "short").write_text("abc"); (tmp_path / "file").write_text("")
     (tmp_path / "bare").mkdir(); (tmp_path / "bare/config.json").write_text("{}")
+    (tmp_path / "other").mkdir(); (tmp_path / "other/model.safetensors").write_bytes(b"theirs")
+    (tmp_path / "small").mkdir()
+    for name in ("config.json", "tokenizer.json", "compressed.json"): (tmp_path / "small" / name).write_text("{}")
     good = dict(path=str(folder / "dense"), text=str(folder / "text"), size=0.5, out=str(tmp_path / "o"))
     for change, error, text in ((dict(path=str(tmp_path / "none")), ValueError, "config.json"), (dict(path=str(tmp_path / "bare")), ValueError, "tokenizer"),
                                 (dict(text=str(tmp_path / "short")), ValueError, "text must have more than 64 tokens"), (dict(size=25), ValueError, "size"),
-                                (dict(out=str(tmp_path / "file")), FileExistsError, "file")):
+                                (dict(out=str(tmp_path / "file")), FileExistsError, "file"), (dict(out=good["path"]), ValueError, "overwritten"),
+                                (dict(out=f"{folder}/other/../dense"), ValueError, "overwritten"), (dict(out=str(tmp_path / "other")), ValueError, "overwritten"),
+                                (dict(path=str(tmp_path / "small")), ValueError, "compressed already")):
         with pytest.raises(error, match=text): front.compress_folder(**good | change)
+    assert not (tmp_path / "o").exists() and (tmp_path / "other/model.safetensors").read_bytes() == b"theirs"
+
+
+def test_a_search_that_fails_leaves_no_empty_folder(folder, tmp_path):
+    from gfopt.compress import front
+    with pytest.raises(ValueError, match="budget"): front.compress_folder(str(folder / "dense"), str(folder / "text"), 0.001, str(tmp_path / "new"), progress=False)
+    assert not (tmp_path / "new").exists()
+    (tmp_path / "old").mkdir()
+    with pytest.raises(ValueError, match="budget"): front.compress_folder(str(folder / "dense"), str(folder / "text"), 0.001, str(tmp_path / "old"), progress=False)
+    assert (tmp_path / "old").exists()  # somebody else's
+
+
+def test_search_choice_and_table_never_read_the_same_text(folder, tmp_path, monkeypatch):
+    from gfopt.compress import front
+    seen, search = {}, front.compress
+    def listening(model, ids, **more):
+        seen.update(search=ids["input_ids"], choice=more["validation"]["input_ids"])
+        return search(model, ids, **more)
+    monkeypatch.setattr(front, "compress", listening)
+    monkeypatch.setattr(front, "measure_fresh", lambda paths, batch, *a, **k: seen.update(table=batch["input_ids"]) or {})
+    (tmp_path / "numbers").write_text(" ".join(str(n) for n in range(100_000, 104_000)))  # no two places alike
+    front.compress_folder(str(folder / "dense"), str(tmp_path / "numbers"), 0.5, str(tmp_path / "out"), evaluations=4, progress=False)
+    rows = {k: {tuple(r) for r in v.tolist()} for k, v in seen.items()}
+    assert set(rows) == {"search", "choice", "table"} and all(len(r) >= 4 for r in rows.values())
+    assert not rows["search"] & rows["choice"] and not rows["search"] & rows["table"] and not rows["choice"] & rows["table"]
+
+
+def test_every_file_of_a_tokenizer_travels_and_folders_do_not(folder, tmp_path):
+    import shutil
+
+    from gfopt.compress import front
+    shutil.copytree(folder / "dense", tmp_path / "dense")
+    (tmp_path / "dense/tokens").mkdir()
+    for name in ("vocab.json", "merges.txt", "special_tokens_map.json"): (tmp_path / "dense" / name).write_text("{}")
+    front.compress_folder(str(tmp_path / "dense"), str(folder / "text"), 0.6, str(tmp_path / "out"), evaluations=4, progress=False)
+    assert {"vocab.json", "merges.txt", "special_tokens_map.json", "tokenizer.json", "latency.json"} <= {f.name for f in (tmp_path / "out").iterdir()}
+
+
+def _byte_level():
+    from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
+    from tokenizers import models as kinds
+    t = Tokenizer(kinds.BPE())
+    t.pre_tokenizer, t.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    t.train_from_iterator(["abc def übrig"], trainers.BpeTrainer(vocab_size=270, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    return t, 0
+
+
+def _metaspace():
+    from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
+    from tokenizers import models as kinds
+    alphabet = [f"<0x{b:02X}>" for b in range(256)]
+    t = Tokenizer(kinds.BPE(unk_token="<unk>", byte_fallback=True))
+    t.pre_tokenizer, t.decoder = pre_tokenizers.Metaspace(), decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace()])
+    t.train_from_iterator(["the quick brown fox and the dog"], trainers.BpeTrainer(vocab_size=400, special_tokens=["<unk>"], show_progress=False))
+    t.add_tokens([])
+    vocab = t.get_vocab()
+    merges = json.loads(t.to_str())["model"]["merges"]
+    vocab |= {a: len(vocab) + i for i, a in enumerate(alphabet)}
+    t.model = kinds.BPE(vocab=vocab, merges=[tuple(m) for m in merges], unk_token="<unk>", byte_fallback=True)
+    return t, 1  # the space that is written before the first word
+
+
+@pytest.mark.parametrize("make", [_byte_level, _metaspace])
+@pytest.mark.parametrize("text", ["abc def", "the quick brown fox and  the dog", "über 中文 café", "🙂 the\nend"])
+def test_the_bytes_of_a_hugging_face_tokenizers_tokens_add_up(make, text):
+    from gfopt.compress.front import bytes_of_tokens
+    tokenizer, more = make()
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, additional_special_tokens=["<|end|>"])
+    sizes, ids = bytes_of_tokens(theirs), theirs(text, add_special_tokens=False)["input_ids"]
+    assert len(sizes) == len(theirs) and int(sizes[ids].sum()) == len(text.encode()) + more
+    assert int(sizes[theirs.convert_tokens_to_ids("<|end|>")]) == 0

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from gfopt import optimizer, plots
+from gfopt import functions, optimizer, plots
 from gfopt.adapters import cli
 from gfopt.experiments import (
     coco,
@@ -60,6 +60,40 @@ def test_contours_are_of_the_function_and_its_lowest_place(ax, log):
     assert low < high and (low < -1.9 if log else low >= -2)
 
 
+# ---- landscapes
+def test_landscapes_are_their_formulas():
+    p = [0.5, -1.5, 2.0]
+    want = dict(sphere=sum(v * v for v in p), ellipsoid=sum(10 ** (3 * i) * v * v for i, v in enumerate(p)),
+                rosenbrock=sum(100 * (b - a * a) ** 2 + (1 - a) ** 2 for a, b in zip(p, p[1:], strict=False)),
+                rastrigin=sum(v * v + 10 - 10 * math.cos(2 * math.pi * v) for v in p),
+                ackley=20 - 20 * math.exp(-0.2 * math.sqrt(sum(v * v for v in p) / 3)) + math.e
+                - math.exp(sum(math.cos(2 * math.pi * v) for v in p) / 3))
+    for name, y in want.items():
+        assert float(functions.FUNCTIONS[name].f(torch.tensor(p).double())) == pytest.approx(y, rel=1e-12), name
+
+
+def test_landscapes_have_the_minima_they_are_recorded_with():
+    at = dict(branin=[[(math.pi + 5) / 15, 2.275 / 15], [(5 - math.pi) / 15, 12.275 / 15]],
+              hartmann6=[[0.20169, 0.150011, 0.476874, 0.275332, 0.311652, 0.6573]], rosenbrock=[[1.0] * 3])
+    for name, problem in functions.FUNCTIONS.items():
+        y = problem.f(torch.tensor(at.get(name, [[0.0] * 3])).double())
+        assert y.tolist() == pytest.approx([problem.minimum] * len(y), abs=1e-5), name
+
+
+def test_landscapes_are_turned_and_moved_to_where_it_says():
+    f = functions.shifted(functions.rotated(functions.ellipsoid, 4, seed=1), 4, seed=2, radius=2.0)
+    R, x = functions.random_rotation(4, 1), torch.linspace(-1, 1, 20).double().view(5, 4)
+    assert float(f(f.shift)) == 0 and f.shift.abs().max() <= 2
+    assert f(x).tolist() == pytest.approx([float(functions.ellipsoid(R @ (v - f.shift))) for v in x])
+
+
+def test_rotations_prefer_no_direction():
+    R = torch.stack([functions.random_rotation(3, seed) for seed in range(400)])
+    assert torch.allclose(R @ R.mT, torch.eye(3).double().expand(400, 3, 3), atol=1e-12)
+    assert R.mean(0).abs().max() < 4 / math.sqrt(3 * 400)  # each entry has mean 0 and variance 1/3
+
+
+# ---- more pictures
 def test_bars_of_speed_show_medians_and_the_floor(ax):
     told = {"gfopt": dict(ms=[1.0, 2.0, 4.0]), "peer": dict(ms=[3.0, 5.0, 6.0]), "broken": dict(error="no")}
     row = dict(contenders=told, floor=dict(ms=0.5))

@@ -369,6 +369,14 @@ def test_both_children_of_a_pair_are_born():
     assert torch.allclose(together, together[:, :1].expand(5, 12)) and not torch.equal(z[:5], z[5:])
 
 
+def test_arithmetic_children_lie_on_the_segment_of_their_parents():
+    x1, x2 = rand("one", shape=(50, 6)), rand("two", shape=(50, 6))
+    c1, c2 = GeneticAlgorithm(Box(0, 1, 6), crossover="arithmetic").cross(x1, x2, generator("cross"))
+    a = (c1 - x2) / (x1 - x2)  # one number for each pair
+    assert torch.allclose(a, a[:, :1].expand(50, 6)) and torch.allclose(c1 + c2, x1 + x2)
+    assert 0 <= a.min() < 0.1 and 0.9 < a.max() <= 1
+
+
 @pytest.mark.parametrize("population", [2, 3, 7])
 @pytest.mark.parametrize("crossover", genetic.CROSSOVER)
 def test_small_and_odd_populations(population, crossover):

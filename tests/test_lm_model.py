@@ -44,6 +44,15 @@ def test_seed_decides_and_global_state_is_left_alone(model):
     assert not list(model.buffers())
 
 
+def test_weights_begin_with_the_spread_they_should():
+    m = M.Llama(M.LlamaConfig(256, 64, 8, 4, 4, 128), seed=1)
+    def std(end): return float(torch.cat([p.flatten() for n, p in m.named_parameters() if n.endswith(end)]).detach().std())
+    wide, deep = {"q_proj.weight": 64, "up_proj.weight": 64}, {"o_proj.weight": 64, "down_proj.weight": 128}
+    assert all(std(n) == pytest.approx(d ** -0.5, rel=0.03) for n, d in wide.items())
+    assert all(std(n) == pytest.approx(d ** -0.5 / 4, rel=0.03) for n, d in deep.items())  # two branches in each of eight layers
+    assert std("embed_tokens.weight") == pytest.approx(0.02, rel=0.03) and all((p == 1).all() for p in m.parameters() if p.dim() == 1)
+
+
 @pytest.mark.parametrize("chunks", [[12], [1] * 12, [5, 1, 6], [4, 4, 4]])
 def test_cached_equals_uncached(model, chunks):
     x, cache, out, a = ids(2, 12), model.cache(), [], 0
@@ -180,6 +189,40 @@ def test_newton_schulz_keeps_the_singular_vectors():
     inner = U.mT @ P.newton_schulz(G) @ Vh.mT
     assert (inner - inner.diagonal().diag()).abs().max() < 1e-6 and 0.6 < inner.diagonal().min() <= inner.diagonal().max() < 1.3
     assert P.newton_schulz(torch.zeros(3, 4)).abs().max() == 0
+
+
+def gradients(m, seed):
+    g = torch.Generator().manual_seed(seed)
+    for p in m.parameters(): p.grad = torch.randn(p.shape, generator=g)
+    return {n: p.grad.clone() for n, p in m.named_parameters()}
+
+
+def test_adamw_is_that_of_torch():
+    a, b = (M.Llama(CONFIG, seed=1) for _ in range(2))
+    ours = P.Muon(a, 0.01, embed_lr=1.0, weight_decay=0.1, matrices=False)
+    groups = [dict(params=[p for p in b.parameters() if (p.dim() == 2) == matrix], weight_decay=0.1 * matrix) for matrix in (False, True)]
+    theirs = torch.optim.AdamW(groups, lr=0.01, betas=(0.9, 0.95), eps=1e-8)
+    for k in range(5):
+        gradients(a, k), gradients(b, k)
+        ours.step(), theirs.step()
+    for p, q in zip(a.parameters(), b.parameters()): torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+
+
+def test_muon_is_its_formula():
+    m, name = M.Llama(CONFIG, seed=1), "model.layers.1.mlp.gate_proj.weight"  # one of three that go through together
+    opt, p = P.Muon(m, 0.02, momentum=0.8, weight_decay=0.1), dict(m.named_parameters())[name]
+    want, average = p.detach().clone(), torch.zeros_like(p)
+    for k in range(3):
+        g = gradients(m, k)[name]
+        opt.step()
+        average = 0.8 * average + 0.2 * g
+        want = (1 - 0.02 * 0.1) * want - 0.02 * 0.2 * math.sqrt(40) * P.newton_schulz(0.2 * g + 0.8 * average)  # 40 is the longer side
+        torch.testing.assert_close(p, want, rtol=1e-4, atol=1e-5)
+
+
+def test_the_learning_rate_rises_and_falls_along_lines():
+    assert [P.schedule(t) for t in (0, 0.025, 0.05, 0.525, 1)] == pytest.approx([0.01, 0.5, 1, 0.5, 0])
+    assert [P.schedule(t, 0.2, 0.1) for t in (0.1, 0.2, 0.6, 1)] == pytest.approx([0.5, 1, 0.55, 0.1])
 
 
 @pytest.fixture

@@ -51,6 +51,16 @@ def test_fraction_is_the_place_of_the_first_error():
     assert parsed_fraction("\n".join(lines[:3]) + "\nunfini") == 1
 
 
+def test_half_of_the_lines_is_enough_and_less_is_not():
+    start = "a = f(1)\nb = f(2)\nx = (1,\n2,\n"  # two lines that parse, two of an open end
+    assert parses(start) and not parses(start + "3,\n")
+
+
+def test_the_graded_reward_is_the_fraction():
+    sample = ["a = f(1)\nb = f(2)\nc = f(3)\nd d\ne = 5\n"]
+    assert validity(sample).tolist() == [0] and validity(sample, graded=True).tolist() == pytest.approx([3 / 5])
+
+
 def test_bytes_and_text_agree_and_a_cut_character_is_harmless():
     s = GOOD + "x = 'é'\n"
     assert parses(s) == parses(s.encode()) == parses(s.encode() + "é".encode()[:1]) is True

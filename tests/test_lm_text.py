@@ -155,6 +155,12 @@ def test_pack_sample_windows(bpe):
         with pytest.raises(ValueError, match="length"): f()
 
 
+def test_windows_are_spread_over_the_text_and_samples_reach_its_end():
+    assert T.windows(torch.arange(101), 10, 4)["input_ids"][:, 0].tolist() == [0, 20, 50, 70]
+    b = T.sample_batch(torch.arange(9), 200, 7, torch.Generator().manual_seed(0))
+    assert set(b["input_ids"][:, 0].tolist()) == {0, 1} and b["labels"].max() == 8
+
+
 def test_references_against_literal_formulas():
     train, valid = [b"abracadabra", b"abba"], [b"abc", b"a"]
     joined = b"".join(train)

@@ -228,6 +228,10 @@ def test_compromise_is_nearest_to_the_ideal_whatever_the_units():
     assert compromise([[5.0, 1], [5.0, 0]]) == 1 and compromise([[3.0]]) == 0
 
 
+def test_compromise_measures_straight_distance():
+    assert compromise([[0.0, 2], [1, 1], [2, 0]]) == 1  # along the axes all three would be equally far
+
+
 def test_beyond_a_wall_means_between_parent_and_wall():
     box = Box([0.0, -math.inf], [1.0, 2.0], x0=0.5, sigma0=1.0)
     parent = torch.tensor([[0.25, 1.0]]).double().repeat(4000, 1)
@@ -492,6 +496,15 @@ def test_plot_pareto_draws_the_front_in_both_directions():
     plt.close()
     with pytest.raises(ValueError, match="found"):
         plot_pareto([[math.nan, 1.0]])
+
+
+def test_plot_pareto_leaves_out_what_is_equal_in_one_loss_and_worse_in_the_other():
+    import matplotlib.pyplot as plt
+
+    for sign in (1, -1):
+        ax = plot_pareto(sign * np.array([[0.0, 1], [0, 2], [1, 1], [1, 0], [1, 0]]), plt.figure().gca(), maximize=sign == -1)
+        assert sorted(map(tuple, ax.lines[1].get_xydata() * sign)) == [(0, 1), (1, 0)]
+        plt.close()
 
 
 def test_everything_public_is_listed():

@@ -11,6 +11,7 @@ import torch
 from gfopt.experiments import (
     bayes_methods,
     bayes_peers,
+    byte_budget,
     compress_bench,
     finetune_bench,
     provenance,
@@ -28,6 +29,44 @@ def test_provenance_without_git_or_a_processors_name(monkeypatch):
     monkeypatch.setenv("PATH", "")
     told = provenance.provenance("cpu", 0)
     assert told["commit"] is None and told["device"] and told["kind"] == "cpu"
+
+
+def test_rows_keep_where_and_when_they_were_made(tmp_path, monkeypatch):
+    out, clock, said = tmp_path / "rows.json", [0.0], []
+    def work(n):
+        clock[0] += 100
+        return n
+    plan = {k: (work, (k,)) for k in "abc"}
+    where = dict(device="slow", commit="1", date="2026-01-01")
+    monkeypatch.setattr(provenance, "provenance", lambda device, seed: dict(where, seed=seed, kind=device))
+    monkeypatch.setattr(provenance.time, "perf_counter", lambda: clock[0])
+    make = lambda settings=1, **more: add_rows(out, "toy", dict(n=settings), plan, say=said.append, **more)
+
+    assert make(seconds=0) == dict(provenance=dict(where, seed=0, kind="cpu"), preset="toy", settings=dict(n=1), rows={}, complete=False) and not out.exists()
+    first = make(seconds=100)  # at 100 s nothing more is begun
+    assert first == json.loads(out.read_text()) and list(first["rows"]) == ["a"] and not first["complete"] and "goes on with b" in said[-1]
+    old = json.loads(out.read_text())
+    old["rows"]["a"] = {k: old["rows"]["a"][k] for k in ("result", "cpu_seconds")}  # as files were before
+    out.write_text(json.dumps(old))
+    where = dict(device="fast", commit="2", date="2026-02-02")
+    assert make(only=("a",)) == old  # nothing to do, nothing written
+    both = make(seconds=101)
+    assert {k: (r["device"], r["commit"], r["date"]) for k, r in both["rows"].items()} == {
+        "a": ("slow", "1", "2026-01-01"), "b": ("fast", "2", "2026-02-02"), "c": ("fast", "2", "2026-02-02")}
+    assert both["complete"] and both["provenance"]["device"] == "fast" and both == json.loads(out.read_text())
+    before = out.read_bytes()
+    assert make() == both and out.read_bytes() == before
+    assert make(2, seconds=0)["rows"] == {} and out.read_bytes() == before  # of other settings, but nothing to put in its place
+    assert set(make(2, only=("c",))["rows"]) == {"c"} and json.loads(out.read_text())["settings"] == dict(n=2)
+
+
+def test_the_byte_budgets_gpu_preset_stops_in_time(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(byte_budget, "add_rows", lambda *a, **k: seen.append(k))
+    for preset in byte_budget.PRESETS: byte_budget.main(["--preset", preset, "--out", str(tmp_path / "a.json")])
+    assert seen == [dict(device=p["device"], seconds=400 if n == "gpu" else None) for n, p in byte_budget.PRESETS.items()]
+    recorded = json.loads((provenance.RESULTS / "byte_budget_cpu.json").read_text())
+    assert recorded["settings"] == json.loads(json.dumps(byte_budget.PRESETS["cpu"]))  # else its rows would be made again
 
 
 # ---- tuning tasks beside the peers
@@ -271,7 +310,7 @@ def test_every_row_of_a_toy_and_a_run_that_goes_on(toy, tmp_path):
         r = rows[f"{which}/0"]
         ours = r.pop("evolution")
         assert ours["calibration"] <= min(v["calibration"] for k, v in r.items() if k in ("uniform", "additive")) + 1e-9  # it starts from them
-    assert all(0 < b <= 1 and v >= -1e-9 for points in rows["fronts"].values() for b, v in points)
+    assert all(0 < b <= 1 and v >= -1e-9 for points in rows["fronts/0"].values() for b, v in points)
     assert rows["speed"]["int4"]["file_bytes"] < rows["speed"]["int8"]["file_bytes"] < rows["speed"]["float32"]["file_bytes"]
     assert set(rows["healing"]) == {"dense", "compressed", "refitted", "healed", "steps", "bytes"}
 
@@ -291,7 +330,10 @@ def test_pairs_and_volumes_by_hand():
     kl = lambda **v: dict(result={k: dict(test=x, calibration=2 * x) for k, x in v.items()})
     rows = {"bits/0": kl(evolution=1.0, greedy=2.0, random=4.0), "bits/1": kl(evolution=2.0, greedy=2.0, random=1.0, extra=9.0)}
     told = compress_bench.paired(rows, "bits", [0, 1, 2])
+    half = 12.7062 * math.log(2) * 2**0.5 / 2**0.5  # Student's at one degree of freedom, of the logarithms of 1/2 and 2
+    assert told.pop("interval") == pytest.approx([math.exp(-half), math.exp(half)], rel=1e-3)
     assert told == pytest.approx(dict(seeds=2, best=1.0, low=0.5, high=2.0, greedy=0.5**0.5, random=0.5**0.5))
+    assert compress_bench.paired(rows, "bits", [0])["interval"] == [0.0, math.inf]  # one seed says nothing about others
     assert compress_bench.paired(rows, "drop", [0]) is None
     volumes = compress_bench.volumes(dict(joint=[(0.1, 0.1)], a=[(0.1, 0.5)], b=[(0.5, 0.1), (0.01, 3.0)], none=[]))
     e = math.log

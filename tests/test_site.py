@@ -146,6 +146,15 @@ def test_a_citation_means_its_own_paper():
     assert references.identifiers("arXiv:2305.13245, doi 10.1007/BF02288367.") == {"2305.13245", "10.1007/BF02288367"}
 
 
+def test_the_reference_says_what_is_refused(built):
+    "Of a function with checks of its own, and of a class whose checks are its base's."
+    for page, texts in {"gfopt.lm.finetune": ["every, patience: …; allowed: a whole number &gt;= 1"],
+                        "gfopt.search.swarm": ["phi: …; allowed: a finite number, &gt;= 0 and &lt;= 1", "population"]}.items():
+        html = (built[0] / "api" / f"{page}.html").read_text()
+        assert "Raises" in html and "ValueError" in html
+        assert all(text in html for text in texts), page
+
+
 def test_formulas_and_citations_are_linked(built):
     "An equation has a place of its own, and the table, the prose and the reference lead to it."
     site = built[0]

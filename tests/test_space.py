@@ -80,6 +80,13 @@ def test_values_keep_their_type():
         assert got["a"] == v and type(got["a"]) is type(v)
 
 
+def test_a_number_matches_by_value_and_a_truth_does_not():
+    assert Categorical([1, 2]).encode(1.0) == 0.25 and Categorical([False, True, 2]).encode(2.0) == 2.5 / 3
+    for choices, value in (([1, 2], True), ([True, False], 1)):
+        with pytest.raises(ValueError, match="one of"):
+            Categorical(choices).encode(value)
+
+
 def test_clamped_ends():
     s = Space(x=Real(1e-5, 0.1, log=True))
     assert s.decode([[1.0]])[0]["x"] == 0.1 and s.decode([[0.0]])[0]["x"] == 1e-5
@@ -104,6 +111,13 @@ def test_large_integer_has_no_table_and_still_round_trips():
     s = Space(n=Integer(0, 10**6))
     z = s.encode([{"n": v} for v in (0, 1, 777_777, 10**6)])
     assert [p["n"] for p in s.decode(z)] == [0, 1, 777_777, 10**6] and torch.equal(s.canonical(z), z)
+
+
+@pytest.mark.parametrize("p", [Integer(0, 10**6), Integer(5, 10**6, log=True), Integer(3, 9)])
+def test_cells_reach_half_way_to_the_neighbours_with_and_without_a_table(p):
+    for v in (p.low, p.low + 3, p.high):
+        assert [p.decode(p.warp(v + h)) for h in (-0.49, 0.0, 0.49)] == [v] * 3
+    assert p.decode(0.0) == p.low and p.decode(1.0) == p.high
 
 
 @settings(max_examples=100, deadline=None)

@@ -112,6 +112,19 @@ def test_noisy_reports_the_believed_point():
     assert (r.x**2).sum() < 1.0 and (math.isnan(r.fun) or r.fun > lucky)
 
 
+def test_noisy_reports_the_mean_of_what_the_believed_point_gave():
+    coin = torch.Generator().manual_seed(1)
+    r = quiet(lambda p: torch.randn(1, generator=coin).item(), Space(n=Integer(0, 2)), "random", 30, noisy=True)
+    own = [y for p, y in zip(r.x_iters, r.func_vals, strict=True) if p == r.x]
+    assert len(own) > 5 and r.fun == pytest.approx(np.mean(own))
+
+
+@pytest.mark.parametrize("maximize", [False, True])
+def test_failures_are_infinitely_bad_in_the_direction_of_the_search(maximize):
+    r = quiet(lambda p: math.nan if p["act"] == "relu" else loss(p), SPACE, "random", 12, maximize=maximize)
+    assert 0 < r.nfail == (r.func_vals == (-math.inf if maximize else math.inf)).sum() < 12
+
+
 # ---------------------------------------------------------------- bad arguments
 @pytest.mark.parametrize("kw,error,words", [
     (dict(budget=0), ValueError, "budget: 0"), (dict(budget=2.5), TypeError, "budget: 2.5"),

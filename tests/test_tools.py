@@ -1,18 +1,23 @@
 """The checks of docs/nbtools are able to fail, and translate what they should."""
 
+import inspect
+import json
 import os
 import re
 import subprocess
 import sys
 import tomllib
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import yaml
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "docs"))
-from nbtools import check, faults, notebooks, readme, run, stage, survey  # noqa: E402
+from nbtools import api, check, coverage, faults, notebooks, readme, run, stage, survey  # noqa: E402
+from nbtools import raises as refusals  # noqa: E402
 
 PICTURE = new_output("display_data", data={"image/png": "aaaa"})
 FIGURE = '#| label: fig-a\n#| fig-cap: "c"\n#| fig-alt: "a"\nplot()'
@@ -204,6 +209,31 @@ def test_makefile_describes_every_target():
         assert f"make {target} " in said or target.startswith("env-")
 
 
+def test_every_check_is_run_by_a_workflow():
+    flows = {p.stem: yaml.safe_load(p.read_text()) for p in (ROOT / ".github" / "workflows").glob("*.yml")}
+    runs = {name: {s.get("run") for job in flow["jobs"].values() for s in job["steps"]} for name, flow in flows.items()}
+    assert {"bash .ci/run", "make check", "make coverage"} <= runs["tests"] and "make faults" in runs["faults"]
+    assert "schedule" in flows["faults"][True]  # YAML reads the key `on` as a truth value
+    assert all("timeout-minutes" in job for name in ("tests", "faults") for job in flows[name]["jobs"].values())
+
+
+@pytest.mark.parametrize(
+    "lines, branches, low",
+    [((95, 100), (19, 20), []), ((94, 100), (20, 20), ["lines"]), ((9999, 10000), (94, 100), ["branches"]),
+     ((1, 2), (1, 2), ["lines", "branches"]), ((0, 0), (0, 0), [])],
+)
+def test_lines_and_branches_each_have_a_floor(tmp_path, lines, branches, low):
+    "Many lines do not make up for missing branches: the third case has 99.9 % of both together."
+    path = tmp_path / "coverage.json"
+    counts = dict(zip(("covered_lines", "num_statements", "covered_branches", "num_branches"), lines + branches))
+    path.write_text(json.dumps({"totals": counts}))
+    figures, complaints = coverage.report(path)
+    assert [c.partition(":")[0] for c in complaints] == low
+    assert figures.startswith("lines ") and ", branches " in figures
+    done = subprocess.run([sys.executable, ROOT / "docs" / "tools.py", "coverage", path], capture_output=True, text=True)
+    assert done.returncode == bool(low) and done.stdout.splitlines() == [figures, *complaints]
+
+
 def test_every_python_that_is_promised_is_tested():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     promised = re.findall(r"Python :: (3\.\d+)", "\n".join(project["classifiers"]))
@@ -219,12 +249,113 @@ def test_every_python_that_is_promised_is_tested():
         ("a *good* guess, **settings and x*y", r"a *good* guess, \*\*settings and x\*y"),
         ("``done`` and :func:`done`", "``done`` and :func:`done`"),
         ("|L| of name_ and a_b", r"\|L\| of name\_ and a_b"),
+        ("r{1/2}@bits, http:// or https://e.org", r"r{1/2}\@bits, http\:// or https://e.org"),
     ],
 )
 def test_docstrings_become_restructured_text(text, expected):
-    from nbtools import api
-
     assert api.rest(text) == expected
+
+
+KINDS = ("hinge", "huber")
+
+
+def _check_range(name, x, low=None, high=None):
+    if (low is not None and x < low) or (high is not None and x > high):
+        span = " and ".join([f">= {low}"] * (low is not None) + [f"<= {high}"] * (high is not None))
+        raise ValueError(f"{name}: {x!r}; allowed: {span}")
+    return x
+
+
+class Base:
+    def __init__(self, size):
+        self.size = _check_range("size", size, 1)
+        self.free = _check_range("free", size)  # neither low nor high: cannot fail
+
+    def step(self, z):
+        "What a subclass writes."
+        raise TypeError(f"{type(self).__name__} does not say how it steps")
+
+
+class Derived(Base):
+    def __init__(self, size, kind="huber", **rest):
+        super().__init__(size, **rest)
+        if kind not in KINDS: raise ValueError(f"kind: {kind!r}; allowed: {', '.join(map(repr, KINDS))}")
+
+    def step(self, z):
+        if len(z) != self.size: raise ValueError(f"z: {len(z)} numbers\n for {self.size}")
+        return self._next(z, "z")
+
+    def _next(self, z, name):
+        if not all(z): raise ZeroDivisionError(f"{name} has a zero, |{name}_| = 0, got {z!r}")
+
+
+@dataclass
+class Point:
+    x: float
+    y: float
+
+    def __post_init__(self):
+        for name, value in (("x", self.x), ("y", self.y)):
+            if value < 0: raise ValueError(f"{name} must be >= 0, got {value!r}")
+
+
+def careful(path, n=1):
+    try:
+        if n > 2:
+            raise KeyError(f"{n} is caught below")
+        open(path)
+    except KeyError:
+        raise
+    except OSError as e:
+        raise FileNotFoundError(f"path: {path} cannot be read ({e})") from e
+    if n < 0:
+        raise ValueError("n: negative")
+    if n == 0: raise ValueError("n: negative")
+    raise NotImplementedError("some day")
+
+
+def many(a, b, c, d, e, f, g):
+    for name, x in (("a", a), ("b", b)): _check_range(name, x, 0)
+    _check_range("c", c, 1)
+    _check_range("d", d, 2)
+    _check_range("e", e, 3)
+    _check_range("f", f, 4)
+    if g is None: raise TypeError("g: None; allowed: a number")
+
+
+@pytest.mark.parametrize(
+    "obj, expected",
+    [
+        (Derived, ["ValueError: size: ...; allowed: >= 1", "ValueError: kind: ...; allowed: 'hinge', 'huber'"]),
+        (Derived.step, ["ValueError: z: ... numbers for `size`", "ZeroDivisionError: z has a zero, |z_| = 0"]),
+        (Base.step, []),
+        (Point, ["ValueError: x, y must be >= 0"]),
+        (careful, ["FileNotFoundError: path: `path` cannot be read", "ValueError: n: negative"]),
+        (many, ["ValueError: a, b: ...; allowed: >= 0", "ValueError: c: ...; allowed: >= 1", "ValueError: d: ...; allowed: >= 2",
+                "ValueError: e: ...; allowed: >= 3", "ValueError: also about `f`", "TypeError: also about `g`"]),
+        (len, []),
+    ],
+)
+def test_errors_are_read_from_the_source(obj, expected):
+    assert [f"{kind}: {text}" for kind, text in refusals.raises(obj)] == expected
+
+
+def test_errors_do_not_hang_on_what_sphinx_leaves_behind(monkeypatch):
+    "With `autodoc_preserve_defaults` a function it has read reports its defaults as texts."
+    seen = inspect.signature(lambda name, x, low="None", high="None": x)
+    monkeypatch.setattr(_check_range, "__signature__", seen, raising=False)
+    assert refusals.raises(Base) == [("ValueError", "size: ...; allowed: >= 1")]
+
+
+def test_errors_of_the_package_are_in_its_reference():
+    "Parameters, result and errors of one entry; what markup would take for its own is escaped."
+    from gfopt.optimizer import Generational
+
+    assert ("ValueError", "population: ...; allowed: >= 1") in refusals.raises(Generational)
+    lines = ["First line."]
+    api.parameters(None, "method", "test_tools.Derived.step", Derived.step, None, lines)
+    assert lines[0] == "First line." and r":raises ZeroDivisionError: z has a zero, \|z\_\| = 0" in lines
+    assert ":raises ValueError: z: ... numbers for ``size``" in lines
 
 
 FORMULA = new_markdown_cell(r"$$a = b \tag{1.1}$$")
@@ -253,6 +384,10 @@ def test_the_survey_counts_and_complains(project):
     nb.metadata["gfopt"] = {"seconds": 21}
     path.write_text(notebooks.nbformat.writes(nb))
     row, bad = survey.survey(path)
+    unrun = nb.copy()
+    unrun.metadata = {"gfopt": {}}
+    path.write_text(notebooks.nbformat.writes(unrun))
+    assert "a: no seconds recorded: run it with docs/tools.py run" in survey.survey(path)[1]
     assert (row["figures"], row["alt"], row["names"], row["tested"], row["equations"]) == (1, 0, 1, 1, 1)
     assert [b.partition(": ")[2] for b in bad] == [
         "21 seconds, allowed are 20",
@@ -284,7 +419,7 @@ def test_the_survey_of_the_book():
 
 def test_planted_faults_are_found_and_reported(tmp_path, monkeypatch):
     "One that a test sees, one that none sees, one that cannot be planted."
-    for name, text in {"gfopt/m.py": "def f(): return 1\ndef g(): return 2\n", "tests/test_m.py": "from gfopt.m import f\ndef test(): assert f() == 1\n"}.items():
+    for name, text in {"gfopt/__init__.py": "", "gfopt/m.py": "def f(): return 1\ndef g(): return 2\n", "tests/test_m.py": "from gfopt.m import f\ndef test(): assert f() == 1\n"}.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
     monkeypatch.setattr(faults, "ROOT", tmp_path)

@@ -5,6 +5,7 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -242,6 +243,108 @@ def test_bench_continues_and_shares_are_of_random_search(table, tmp_path, monkey
     assert (share["random"] <= 1).sum() >= 2  # by the definition of the target
     for s in share.values():
         assert len(s) == 3 and all(v == math.inf or 0 < v <= 1.1 for v in s)
+
+
+# ---- true runs for the winners
+def test_a_training_also_judges_unseen_text_and_is_the_same_training(corpus, monkeypatch):
+    p = tt.PRESETS["smoke"]
+    work, _ = tt._text(p, corpus)
+    plain, more = (tt.train(work, tt.DEFAULT, p["low"], unseen=u) for u in (False, True))
+    assert "test" not in plain and more["losses"] == plain["losses"] and more["curve"] == plain["curve"]
+    other = tt.train(replace(work, valid=work.test), tt.DEFAULT, p["low"])  # the same weights, as the text they are judged on teaches nothing
+    assert more["test"] == other["losses"][-1] != more["losses"][-1]
+    assert tt.train_again(work, tt.DEFAULT, p["low"], 0) == dict(valid=more["losses"][-1], test=more["test"], reason=None)
+    monkeypatch.setattr(tt, "bits_per_byte", lambda *a: math.nan)
+    r = tt.train_again(work, tt.DEFAULT, p["low"], 0)
+    assert r["valid"] is r["test"] is None and r["reason"].startswith("diverged")
+
+
+@pytest.mark.parametrize("ends, middle, seed", [
+    ([3, 1, 2], 2, 2),
+    ([4, 1, 3, 2], 2, 3),  # of two in the middle the better
+    ([5, 2, 9, 2, 2], 2, 1),  # of equals the first seed
+    ([None, None, 7], 0, 0),  # two finished nothing and have the default
+])
+def test_the_winner_is_where_the_median_search_ends(table, monkeypatch, ends, middle, seed):
+    asked = []
+
+    def path(table, method, scheduler, s, trainings, target=None, **settings):
+        asked.append((method, scheduler, s, trainings, target, settings))
+        loss = lambda i: float(table.losses[i, -1])  # noqa: E731
+        return [] if ends[s] is None else [[1, 9.9], [2, loss(order[ends[s]])]]
+
+    order = [0, *np.argsort(table.losses[:, -1])[[i for i in range(10)]]]  # 1 is the best of the table, 2 the next
+    monkeypatch.setattr(tt, "search_path", path)
+    r = tt.search_end(table, ("ga", "asha", 100, dict(population=8)), len(ends), 30)
+    assert asked == [("ga", "asha", s, 30, None, dict(population=8)) for s in range(len(ends))]  # in full, whatever they find on the way
+    assert r["configuration"] == order[middle] and r["seed"] == seed and r["params"] == table.configs[order[middle]]
+    assert r["promised"] == table.losses[order[middle], -1] == r["ends"][seed] and len(r["ends"]) == len(ends)
+    json.dumps(r)
+
+
+def test_winners_continue_and_equal_configurations_are_trained_once(corpus, small, tmp_path, monkeypatch):
+    small_table, calls, once = tt.TuningTable(small[0]), [], tt.train
+    rivals = {"random": tt.RIVALS["random"], "the same": tt.RIVALS["random"], "ga": tt.RIVALS["ga"]}
+    ask = lambda out: tt.run_winners(small_table, out, trainings=6, seeds=3, fresh=(2, 3), rivals=rivals, corpus=corpus, say=lambda row: None)  # noqa: E731
+
+    def mortal(work, params, low, seed, **kwargs):
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        calls.append((str(params), seed))
+        return once(work, params, low, seed, **kwargs)
+
+    out = tmp_path / "w.json"
+    monkeypatch.setattr(tt, "train", mortal)
+    with pytest.raises(KeyboardInterrupt):
+        ask(out)
+    part = json.loads(out.read_text())
+    assert not part["complete"] and len(part["rows"]) == 6 and len(set(calls)) == 3
+    monkeypatch.setattr(tt, "search_path", lambda *a, **k: pytest.fail("searched again"))
+    monkeypatch.setattr(tt, "train", lambda work, params, low, seed, **k: calls.append((str(params), seed)) or once(work, params, low, seed, **k))
+    whole = ask(out)
+    rows = {k: r["result"] for k, r in whole["rows"].items()}
+    who = {0, *(rows[f"search {name}"]["configuration"] for name in rivals)}
+    assert whole["complete"] and len(who) > 1 and whole == json.loads(out.read_text()) and whole["settings"]["corpus"] == corpus.sha256
+    assert len(calls) == len(set(calls)) == 3 * len(who) == len(rows) - 3
+    assert ask(out)["rows"] == whole["rows"] and len(calls) == 3 * len(who)  # nothing is left to do
+    found = tt.winners(whole)
+    assert [*found] == ["default", *rivals] and found["random"]["configuration"] == found["the same"]["configuration"]
+    for r in found.values():
+        i = r["configuration"]
+        assert r["promised"] == r["replay"] == small_table.losses[i, -1]  # the table's seed makes the table's loss
+        assert r["valid"].tolist() == [rows[f"{i} seed {s}"]["valid"] for s in (2, 3)] and r["test"].tolist() == [rows[f"{i} seed {s}"]["test"] for s in (2, 3)]
+    rows["0 seed 2"] |= dict(valid=None, test=None)  # as a training that diverged
+    assert math.isnan(tt.winners(dict(rows={k: dict(result=r) for k, r in rows.items()}))["default"]["test"][0])
+
+
+def test_winners_of_another_table_are_refused(corpus, small, tmp_path, monkeypatch):
+    monkeypatch.setattr(tt, "train", lambda *a, **k: pytest.fail("trained"))
+    ask = lambda **other: tt.run_winners(tt.TuningTable(small[0] | other), tmp_path / "w.json", corpus=corpus)  # noqa: E731
+    with pytest.raises(ValueError, match="the table's preset: 'huge'.*'smoke', 'cpu', 'gpu'"):
+        ask(preset="huge")
+    with pytest.raises(ValueError, match="library of another Python"):
+        ask(corpus="0" * 64)
+    assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize("ask, said", [
+    (["--winners", "--preset", "smoke"], "the repository's table is of --preset cpu, got smoke"),
+    (["--winners", "--preset", "huge"], "invalid choice: 'huge'"),
+    (["--winners", "--bench"], "not allowed with argument"),
+])
+def test_winners_on_the_command_line_say_what_is_wrong(tmp_path, capsys, ask, said):
+    with pytest.raises(SystemExit) as e:
+        tt.main([*ask, "--out", str(tmp_path / "w.json")])
+    assert e.value.code == 2 and said in capsys.readouterr().err and not [*tmp_path.iterdir()]
+
+
+def test_winners_on_the_command_line_print_promise_and_truth(tmp_path, capsys, monkeypatch):
+    made = dict(rows={"search ga": dict(result=dict(configuration=3, promised=2.5))} | {
+        f"{i} seed {s}": dict(result=dict(valid=2.75 - i / 24, test=3.0 - i / 12)) for i in (0, 3) for s in (0, 5)})
+    monkeypatch.setattr(tt, "run_winners", lambda table, out: made)
+    tt.main(["--winners", "--out", str(tmp_path / "w.json")])
+    said = capsys.readouterr().out.splitlines()
+    assert said == ["default         promised 2.750, again 2.750, test 3.000", "ga              promised 2.500, again 2.625, test 2.750"]
 
 
 def test_command_line_smoke(tmp_path):

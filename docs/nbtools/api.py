@@ -12,6 +12,7 @@ from fastcore.docments import docments
 from sphinx import addnodes
 
 from .notebooks import CAPTIONS, LIB, NBS, default_exp, notebooks, read
+from .raises import raises
 from .stage import anchor, write_if_changed
 
 PAGE = """# {module}
@@ -31,7 +32,7 @@ MARKUP = re.compile(
       | \$([^$]+)\$                        # $formula$
       | `([^`]+)`                          # `code`
       | (?<![\w*])(\*{1,2}[^*\s](?:[^*]*[^*\s])?\*{1,2})(?![\w*])  # *emphasis*
-      | ([*|\\]|_(?!\w))                   # what would be taken for markup
+      | ([*|\\@]|_(?!\w)|:(?=//(?:\s|$)))  # what would be taken for markup or an address
     """,
     re.X,
 )
@@ -84,24 +85,27 @@ def rest(text: str) -> str:
 
 
 def parameters(app, what, name, obj, options, lines) -> None:
-    "Docments (the comments beside parameters) -> a field list; a link to the notebook."
+    "Docments (the comments beside parameters) and errors -> a field list; a link to the notebook."
     lines[:] = [rest(line) for line in lines]
     at_top = symbols().get(name.rpartition(".")[0], {})  # not a class within a class
     if what in ("function", "class") and name in at_top:
         lines += ["", f":ref:`In the notebook <{anchor(name)}>`", ""]
     if what not in ("function", "method", "class"):
         return
-    try:
-        found = docments(obj.__init__ if what == "class" else obj, full=True, returns=True)
-    except (TypeError, ValueError, AttributeError, OSError, SyntaxError):
-        return  # a built-in, or a class without an __init__ of its own
-    fields = []
-    for key, entry in found.items():
-        text = rest(" ".join((entry.get("docment") or "").split()))
-        if text and key != "self":
-            fields.append(f":returns: {text}" if key == "return" else f":param {key}: {text}")
+    fields = documented(obj.__init__ if what == "class" else obj)
+    fields += [f":raises {kind}: {rest(text)}" for kind, text in raises(obj)]
     if fields:
         lines += ["", *fields, ""]
+
+
+def documented(function) -> list[str]:
+    "A field for each parameter that has a comment, and for the result."
+    try:
+        found = docments(function, full=True, returns=True)
+    except (TypeError, ValueError, AttributeError, OSError, SyntaxError):
+        return []  # a built-in, or a class without an __init__ of its own
+    texts = {key: rest(" ".join((entry.get("docment") or "").split())) for key, entry in found.items() if key != "self"}
+    return [f":returns: {text}" if key == "return" else f":param {key}: {text}" for key, text in texts.items() if text]
 
 
 @cache

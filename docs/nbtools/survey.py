@@ -41,7 +41,8 @@ def survey(path: Path) -> tuple[dict[str, object], list[str]]:
         "-" if seconds is None else seconds, words, int(median(lines)), lines[int(0.9 * (len(lines) - 1))],
         len(shown), len(shown) - mute, len(names), len(tested), len(numbers), len(proved),
     )))
-    bad = [f"{name}: {seconds} seconds, allowed are {limit}"] if (seconds or 0) > limit else []
+    bad = [f"{name}: no seconds recorded: run it with docs/tools.py run"] if seconds is None else []
+    bad += [f"{name}: {seconds} seconds, allowed are {limit}"] if seconds is not None and seconds > limit else []
     bad += [f"{name}: {mute} figures without `#| fig-alt:`"] if mute else []
     bad += [f"{name}: {bare} formulas without a \\tag or \\notag"] if bare else []
     bad += [f"{name}: no cell asserts equation ({n})" for n in numbers if n not in proved]

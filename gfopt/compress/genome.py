@@ -120,10 +120,10 @@ class Library:
             for p, (b, dense) in self.parts.items():  # `use` has put other levels there
                 if b == block: put(module, p.rsplit(".", 1)[1], dense)
             size, last = members(module)[2], getattr(module, last_of(module))
-            moment = self.moments.get(f"{block}.{last_of(module)}", torch.eye(last.in_features))
+            moment = self.moments.get(f"{block}.{last_of(module)}", torch.eye(last.in_features, device=last.weight.device))
             if block not in self._loud: self._loud[block] = energy(last.weight, moment, size).argsort(descending=True, stable=True)
             kept = self._loud[block][:int(width.split("/")[0])].sort().values
-            self._narrow[block, width] = narrowed(module, kept, moment), (kept[:, None] * size + torch.arange(size)).flatten()
+            self._narrow[block, width] = narrowed(module, kept, moment), (kept[:, None] * size + torch.arange(size, device=kept.device)).flatten()
         return self._narrow[block, width]
 
     def use(self, genome: tuple) -> nn.Module:  # valid until the next call
@@ -174,6 +174,8 @@ class GenomeSpace:
     def __init__(self, model: nn.Module, techniques: tuple = ("blocks", "bits"), bits: tuple = (4, 8, 16), per: str = "linear",
                  moments: dict | None = None,  # of every layer's inputs, Eq. (5.6.1)
                  price=BYTES):  # what a budget limits: `.matrix`, `.rest` and `.unit`, as `Bytes` has them
+        if wrong := {p.dtype for p in model.parameters() if p.is_floating_point()} - {torch.float32}:
+            raise ValueError(f"model has weights in {', '.join(sorted(map(str, wrong)))}; allowed: torch.float32, in which a compressed model computes, such as model.float()")
         self.price = price
         self.genes = make_genes(model, techniques, bits, per, None if price == BYTES else tuple(bits))
         self.library = Library(model, self.genes, moments)

@@ -85,13 +85,14 @@ def heal(
     model = compressed.model if isinstance(compressed, Compressed) else compressed
     ready(model, kernel=False)  # a member's rows are many, and kernels read one
     gone = set(compressed.dropped) if isinstance(compressed, Compressed) else set()
-    reconstruct(model, dense, windows(tokens, length, limit=128)["input_ids"], gone)
+    device = next(dense.parameters()).device
+    reconstruct(model, dense, windows(tokens, length, limit=128)["input_ids"].to(device), gone)
     parameters = {n: p for n, p in model.named_parameters() if p.dim() < 2}
     es = LowRankES(list(parameters.items()), population=population, sigma=sigma, lr=lr, select=select, seed=seed, optimizer="adam")
     generator = torch.Generator().manual_seed(seed)
     from tqdm import tqdm
     for k in tqdm(range(steps), desc="heal", unit="step", disable=not progress, leave=False):
-        ids = sample_batch(tokens, rows * population // 2, length, generator)["input_ids"]
+        ids = sample_batch(tokens, rows * population // 2, length, generator)["input_ids"].to(device)
         with torch.no_grad(): log_p = logits_of(dense, ids).float().log_softmax(-1)
         def closure():
             b = es.deal(dict(ids=ids, log_p=log_p))

@@ -58,7 +58,7 @@ def low_rank(
     "The factors with the least output error at a rank, Eq. (5.8.2)."
     m, n = weight.shape
     if not 0 < r * (m + n) < m * n: raise ValueError(f"r must lie between 1 and {break_even(m, n):.0f}, beyond which two factors enlarge a {m} by {n} matrix, got {r}")
-    L = torch.eye(n, dtype=torch.float64) if moment is None else torch.linalg.cholesky(damped(moment, 1e-4))
+    L = torch.eye(n, dtype=torch.float64, device=weight.device) if moment is None else torch.linalg.cholesky(damped(moment, 1e-4))
     u, s, vt = torch.linalg.svd(weight.detach().double() @ L, full_matrices=False)
     root = s[:r].sqrt()
     B = torch.linalg.solve_triangular(L, root[:, None] * vt[:r], upper=False, left=False)

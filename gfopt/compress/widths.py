@@ -54,7 +54,7 @@ def narrowed(
 ) -> dict[str, nn.Linear]:  # the block's Linears by name, smaller ones
     "The matrices of a sub-block without some of its members, Eqs. (5.7.2) and (5.7.3)."
     _, n, size = members(block)
-    spread = lambda width: (kept[:, None] * width + torch.arange(width)).flatten()
+    spread = lambda width: (kept[:, None] * width + torch.arange(width, device=kept.device)).flatten()
     last, out = last_of(block), {}
     for name, m in block.named_children():
         if not isinstance(m, nn.Linear): continue

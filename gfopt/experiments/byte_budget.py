@@ -35,7 +35,7 @@ PRESETS = dict(  # shapes: d_model, n_layers, n_heads, n_kv_heads, d_ff
         "60 kB": dict(bytes=60_000, large=(64, 2, 4, 2, 160), small=(48, 1, 4, 2, 128), tokens=256, heal=1)},
         fast=dict(track="60 kB", shares=(0.8,), heal=1),
         fronts=dict(sizes=dict(toy=("60 kB", "small")), shares=(0.3, 0.2), evaluations=30)))
-PRESETS["gpu"] = PRESETS["cpu"] | dict(half=None, device="cuda", rows=64, tracks={k: t | dict(tokens=60_000_000) for k, t in PRESETS["cpu"]["tracks"].items()})
+PRESETS["gpu"] = PRESETS["cpu"] | dict(half=None, device="cuda", rows=64, seconds=400, tracks={k: t | dict(tokens=60_000_000) for k, t in PRESETS["cpu"]["tracks"].items()})
 SPARE = 30_000  # bytes of a folder that are not tensors: names, shapes, the genome
 
 
@@ -86,13 +86,13 @@ def track(preset: str, name: str) -> dict:  # way to fill the file -> what `weig
         return weigh(sorted(Path(folder).iterdir()), test, tokenizer)
 
 
-def fast(preset: str) -> dict:  # a format, or a share of the time -> what `weigh` says, and the time that was predicted
+def fast(preset: str) -> dict:  # a format, or a share of the time -> what `weigh` says, and the time that was predicted; of float32 also the errors of the prediction on models that it had not seen
     "How fast and how small one model gets, and what it loses: every technique, searched for shares of the float32 model's time for a token, and healed."
     p = PRESETS[preset]
     f = p["fast"]
     large, tokenizer = trained(preset, f["track"], "large")
     tokens, read, check, test = texts(preset, tokenizer)
-    clock, _ = calibrate_latency(large, test["input_ids"][:1, :64], TECHNIQUES, new_tokens=16, repeats=5, clock=time.process_time)
+    clock, errors = calibrate_latency(large, test["input_ids"][:1, :64], TECHNIQUES, new_tokens=16, repeats=5, clock=time.process_time)
     front = compress(large, read, targets=list(f["shares"]), target="latency", latency=clock, evaluations=p["evaluations"], validation=check, progress=False)
     predicted = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -105,7 +105,9 @@ def fast(preset: str) -> dict:  # a format, or a share of the time -> what `weig
             predicted |= dict.fromkeys((way, f"{way}, healed"), best.point.latency / 1e6)
             best.save(at(way))
             heal(best, large, tokens, steps=f["heal"], length=p["length"] // 2, progress=False).save(at(f"{way}, healed"))
-        return {n: r | dict(predicted_ms=predicted.get(n)) for n, r in weigh(sorted(Path(folder).iterdir()), test, tokenizer).items()}
+        told = {n: r | dict(predicted_ms=predicted.get(n)) for n, r in weigh(sorted(Path(folder).iterdir()), test, tokenizer).items()}
+        told["float32"]["errors"] = errors.tolist()
+        return told
 
 
 def front_of(preset: str, size: str) -> dict:  # way -> what `weigh` says
@@ -137,7 +139,7 @@ def main(argv=None) -> None:
     parser.add_argument("--preset", choices=list(PRESETS), default="cpu")
     parser.add_argument("--out", type=Path, required=True, help="the JSON of the results")
     a = parser.parse_args(argv)
-    add_rows(a.out, a.preset, PRESETS[a.preset], jobs(a.preset), device=PRESETS[a.preset]["device"])
+    add_rows(a.out, a.preset, PRESETS[a.preset], jobs(a.preset), device=PRESETS[a.preset]["device"], seconds=PRESETS[a.preset].get("seconds"))
 
 
 if __name__ == "__main__" and "__file__" in globals():  # run as a module, not as a notebook

@@ -20,6 +20,7 @@ from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
+from scipy.special import stdtrit
 
 from ..compress.evolution import evopress
 from ..compress.export import Compressed
@@ -190,8 +191,8 @@ def fronts(preset: str, seed: int = 0) -> dict:  # search -> [(share of the dens
     alone = {t: ((t,), (4, 8, 16)) if t == "bits" else ((t,), (32,)) for t in TECHNIQUES}
     for name, (techniques, bits) in dict(joint=(TECHNIQUES, (4, 8, 16)), **alone).items():
         low, high = (lambda x: (x.low, x.high))(GenomeSpace(s.model, techniques, bits))
-        shares = (0.06, 0.07, 0.08, 0.1, 0.115, 0.13, 0.145, 0.16, 0.19, 0.27)
-        targets = [int(x * dense) for x in shares] if name == "joint" else [int(low + x * (high - low)) for x in (0.05, 0.3, 0.6)]
+        shares, steps = (0.06, 0.07, 0.08, 0.095, 0.11, 0.13, 0.15, 0.173, 0.2, 0.27), (0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.75, 0.9)
+        targets = [int(x * dense) for x in shares] if name == "joint" else [int(low + x * (high - low)) for x in steps]
         front = compress(s.model, s.calibration(seed), targets=targets, techniques=techniques, bits=bits, seed=seed, validation=s.validation, progress=False,
                          evaluations=s.p["front"] if name == "joint" else s.p["front"] // len(alone))
         out[name] = [(p.bytes / dense, check(front.space.library.use(p.genome))) for p in front.pareto()]
@@ -266,7 +267,7 @@ def jobs(preset: str) -> dict:  # name -> (function, arguments)
     seeds = PRESETS[preset]["seeds"]
     exacts = {f"exact/{which}/{seed}": (exact, (preset, which, seed)) for which in ("drop", "bits") for seed in range(PRESETS[preset]["exact_seeds"])}
     return {"cost": (cost, (preset,)), **exacts, **{f"{which}/{seed}": (allocation, (preset, which, seed)) for which in ("drop", "bits", "joint") for seed in seeds},
-            "fronts": (fronts, (preset,)), "healing": (healing, (preset,)), "speed": (speed, (preset,))}
+            **{f"fronts/{seed}": (fronts, (preset, seed)) for seed in seeds[:3]}, "healing": (healing, (preset,)), "speed": (speed, (preset,))}
 
 
 def main(argv=None) -> None:
@@ -296,7 +297,10 @@ def paired(
     others = [m for m in have[0] if m != "evolution" and all(m in r for r in have)]
     ratio = {m: [r["evolution"][text] / r[m][text] for r in have] for m in others}
     best = [r["evolution"][text] / min(r[m][text] for m in others) for r in have]
-    return dict(seeds=len(have), best=statistics.geometric_mean(best), low=min(best), high=max(best), **{m: statistics.geometric_mean(v) for m, v in ratio.items()})
+    logs, n = [math.log(b) for b in best], len(best)
+    half = float(stdtrit(n - 1, 0.975)) * statistics.stdev(logs) / math.sqrt(n) if n > 1 else math.inf
+    interval = [math.exp(statistics.mean(logs) + sign * half) for sign in (-1, 1)]  # Student's, of the paired logarithms
+    return dict(seeds=n, best=statistics.geometric_mean(best), low=min(best), high=max(best), interval=interval, **{m: statistics.geometric_mean(v) for m, v in ratio.items()})
 
 
 def volumes(

@@ -63,18 +63,25 @@ def add_rows(
     only: tuple | None = None,  # names of rows; None: all
     device: str = "cpu",
     seed: int = 0,
-) -> dict:  # provenance, preset, settings, rows, complete
+    seconds: float | None = None,  # after these no further row is begun; None: all are made
+) -> dict:  # provenance of the last command, preset, settings, rows (each with commit, date and device), complete
     "Runs what is missing, row by row."
-    out = Path(out)
+    out, begun = Path(out), time.perf_counter()
     head = json.loads(json.dumps(dict(provenance=provenance(device, seed), preset=preset, settings=settings)))
     known = json.loads(out.read_text()) if out.exists() else {}
-    rows = known.get("rows", {}) if known.get("settings") == head["settings"] else {}
+    told = known if known.get("settings") == head["settings"] else head | dict(rows={}, complete=False)
+    stamp = lambda p: {k: p[k] for k in ("commit", "date", "device")}  # noqa: E731
+    rows = {name: stamp(told["provenance"]) | row for name, row in told["rows"].items()}
     for name, (function, args) in plan.items():
         if name in rows or only and name not in only: continue
+        if seconds is not None and time.perf_counter() - begun >= seconds:
+            say(f"{seconds} s are over; the same command goes on with {name}")
+            break
         start = time.process_time()
-        rows[name] = dict(result=function(*args), cpu_seconds=0.0)
-        rows[name]["cpu_seconds"] = round(time.process_time() - start, 1)
-        write_atomic(out, json.dumps(head | dict(rows=rows, complete=len(rows) == len(plan)), indent=1).encode())
+        result = function(*args)
+        rows[name] = dict(result=result, cpu_seconds=round(time.process_time() - start, 1), **stamp(head["provenance"]))
+        told = head | dict(rows=rows, complete=plan.keys() <= rows.keys())
+        write_atomic(out, json.dumps(told, indent=1).encode())
         say(f"{name}: {rows[name]['cpu_seconds']} s")
-    return json.loads(out.read_text())
+    return json.loads(json.dumps(told))
 
