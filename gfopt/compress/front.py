@@ -10,6 +10,7 @@ import json
 import platform
 import random
 import re
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -199,26 +200,29 @@ def compress_folder(
     cut = [0, len(data) * 6 // 10, len(data) * 8 // 10, len(data)]
     tokens = [torch.tensor(tokenizer.encode(data[a:b])) for a, b in zip(cut, cut[1:])]
     if (n := min(map(len, tokens))) <= length: raise ValueError(f"text must have more than {length} tokens in each fifth, got {n} in {text!r}")
-    made = not Path(out).exists()
-    Path(out).mkdir(parents=True, exist_ok=True)  # no search before it is known where the result goes
-    try: return _into(Path(path), weights, tokenizer, tokens, size, Path(out), evaluations, seed, length, progress, target)
+    with _result_folder(Path(out)) as folder:
+        parts = [windows(t, length, limit=16) for t in tokens]
+        model, log = open_model(path), dict(prompt_tokens=length, machine=platform.machine(), torch=torch.__version__)
+        fitted, errors = calibrate_latency(model, parts[0]["input_ids"][:1], seed=seed) if target == "latency" else (None, None)
+        if fitted: log["fit"] = dict(coefficients=fitted.coefficients.tolist(), held_out_errors=errors.tolist())
+        front = compress(model, parts[0], budget=int(size * weights) if target == "bytes" else size, evaluations=evaluations, seed=seed,
+                         validation=parts[1], progress=progress, target=target, latency=fitted)
+        front.pick(**{target: front.budgets[0]}).save(folder)
+        (folder / "latency.json").unlink(missing_ok=True)  # of an earlier result in this folder
+        for f in _tokenizer_files(Path(path)): (folder / f.name).write_bytes(f.read_bytes())
+        table = measure_fresh(dict(before=path, after=out), parts[2], tokenizer, prompt_length=length)
+        write_atomic(folder / "latency.json", json.dumps(log | dict(table=table), indent=1).encode())
+        return table
+
+
+@contextmanager
+def _result_folder(folder: Path):
+    "Made before the search, so that no search begins whose result has no place; gone again if nothing came of it."
+    made = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    try: yield folder
     finally:
-        if made and not any(Path(out).iterdir()): Path(out).rmdir()  # nothing came of it
-
-
-def _into(path, weights, tokenizer, tokens, size, out, evaluations, seed, length, progress, target):
-    parts = [windows(t, length, limit=16) for t in tokens]
-    model, log = open_model(path), dict(prompt_tokens=length, machine=platform.machine(), torch=torch.__version__)
-    fitted, errors = calibrate_latency(model, parts[0]["input_ids"][:1], seed=seed) if target == "latency" else (None, None)
-    if fitted: log["fit"] = dict(coefficients=fitted.coefficients.tolist(), held_out_errors=errors.tolist())
-    front = compress(model, parts[0], budget=int(size * weights) if target == "bytes" else size, evaluations=evaluations, seed=seed,
-                     validation=parts[1], progress=progress, target=target, latency=fitted)
-    front.pick(**{target: front.budgets[0]}).save(out)
-    (out / "latency.json").unlink(missing_ok=True)  # of an earlier result in this folder
-    for f in _tokenizer_files(path): (out / f.name).write_bytes(f.read_bytes())
-    table = measure_fresh(dict(before=path, after=out), parts[2], tokenizer, prompt_length=length)
-    write_atomic(out / "latency.json", json.dumps(log | dict(table=table), indent=1).encode())
-    return table
+        if made and not any(folder.iterdir()): folder.rmdir()
 
 
 def _weight_bytes(folder: Path) -> int:
